@@ -1,0 +1,27 @@
+"""The package as it is installed: light to import, clear without its extra, in step with its commands."""
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("pandas", "matplotlib", "scipy", "tqdm", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk")
+
+def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+@pytest.mark.parametrize("module", ["splitting", "curvature", "newton", "sorting", "cli"])
+def test_light_import(module):
+    out = python(f"import newton_losses_nb.{module}, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "[]"
+
+def test_command_without_extra():
+    block = f"import sys; [sys.modules.__setitem__(m, None) for m in ('pandas', 'matplotlib', 'mlxtend')]\n"
+    find = "import importlib.util as u; old = u.find_spec; u.find_spec = lambda m, *a: None if sys.modules.get(m, 1) is None else old(m, *a)\n"
+    out = python(block + find + "from newton_losses_nb.cli import nl_bench; sys.exit(nl_bench(['sorting']))")
+    assert out.returncode == 2
+    assert "needs the extra 'bench' (pandas, matplotlib, mlxtend not found)" in out.stderr and "Traceback" not in out.stderr
+
+def test_console_scripts():
+    for argv in (["nl_bench", "--help"], ["nl_bench", "sorting", "--help"], ["nl_report", "--help"]):
+        out = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        assert out.returncode == 0 and "usage:" in out.stdout, out.stderr
