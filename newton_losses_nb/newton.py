@@ -82,13 +82,24 @@ def fisher_solve(
     g = G.to(dtype)
     N, m = g.shape[-2:]
     lam, tall = _damping(lam, g), (g if m <= N else g.mT)/math.sqrt(N)
-    root = lam.sqrt()[..., None, None]*torch.eye(min(N, m), dtype=dtype, device=g.device)
-    R = torch.linalg.qr(torch.cat([tall, root.expand(*g.shape[:-2], -1, -1)], -2), mode='r').R
+    root = lam.sqrt()[..., None, None]
+    Q, R = _sorted_qr(tall, root)
     if (lam == 0).any(): _check_full_rank(R, N, m)
-    solve = lambda R, B, **kw: torch.linalg.solve_triangular(R, B, **kw)
-    if m <= N: D = solve(R.mT, solve(R, g, upper=True, left=False), upper=False, left=False)
-    else: D = solve(R, solve(R.mT, g, upper=False), upper=True)
-    return D.to(G.dtype)
+    long = torch.linalg.vector_norm(tall, dim=-1, keepdim=True) > root
+    W = torch.where(long, Q, torch.linalg.solve_triangular(R, tall, upper=True, left=False))
+    D = math.sqrt(N)*torch.linalg.solve_triangular(R.mT, W, upper=False, left=False)
+    return (D if m <= N else D.mT).to(G.dtype)
+
+# %% ../nbs/02_newton.ipynb #badd5b44
+def _sorted_qr(tall, root):
+    "Factors of [tall; root·I], the longest rows first; the rows of Q that belong to `tall`, in their own order"
+    k = tall.shape[-1]
+    eye = torch.eye(k, dtype=tall.dtype, device=tall.device).expand(*tall.shape[:-2], k, k)
+    rows = torch.cat([tall, root*eye], -2)
+    order = rows.abs().amax(-1).argsort(-1, descending=True)
+    Q, R = torch.linalg.qr(rows.gather(-2, order.unsqueeze(-1).expand_as(rows)))
+    place = order.argsort(-1)[..., :tall.shape[-2], None]
+    return Q.gather(-2, place.expand_as(tall)), R
 
 # %% ../nbs/02_newton.ipynb #839cd504
 def _check_full_rank(R, N, m):

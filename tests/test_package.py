@@ -1,8 +1,12 @@
 """The package as it is installed: light to import, clear without its extra, in step with its commands."""
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 HEAVY = ("pandas", "matplotlib", "scipy", "tqdm", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk")
 
@@ -25,3 +29,12 @@ def test_console_scripts():
     for argv in (["nl_bench", "--help"], ["nl_bench", "sorting", "--help"], ["nl_report", "--help"]):
         out = subprocess.run(argv, capture_output=True, text=True, timeout=120)
         assert out.returncode == 0 and "usage:" in out.stdout, out.stderr
+
+def test_sidebar_lists_all_notebooks():
+    listed = re.findall(r"^ +- (\w+\.ipynb)$", (ROOT/"_quarto.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(p.name for p in (ROOT/"nbs").glob("*.ipynb"))
+
+def test_links_between_notebooks():
+    for p in [ROOT/"README.md", *(ROOT/"nbs").glob("*.ipynb")]:
+        for link in re.findall(r"\]\(((?:nbs/)?\w+\.ipynb|(?:nbs/)?images/[\w.]+)\)", p.read_text()):
+            assert (p.parent/link).exists(), f"{p.name}: {link}"
