@@ -41,9 +41,9 @@ DAMPED = ("fisher", "hessian", "hessian_abs", "hessian_clip", "scalar")
 CLIPPED = ("clip", "clip_grad")
 
 # %% ../nbs/07_experiment.ipynb #9be56ea0
-SHARPNESS = {"neural_sort": 1., "soft_sort": 0.1, "logistic": 10., "logistic_art": 10., "gaussian": 10.,
+SHARPNESS = {"neural_sort": 0.3, "soft_sort": 0.3, "logistic": 10., "logistic_art": 10., "gaussian": 10.,
              "cauchy": 10., "reciprocal": 10., "optimal": 10.}
-LEARNING_RATES = {"cnn": 10**-3.5, "small": 3e-3}
+LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2}
 PRECISIONS = ("float32", "tf32", "bf16", "float64")
 
 # %% ../nbs/07_experiment.ipynb #cfea62da
@@ -105,6 +105,9 @@ class SortingTask:
         self.device, self.pool = torch.device(config["device"]), NETWORKS[config["network"]][1]
         self.dtype = torch.float64 if config["precision"] == "float64" else torch.float32
         self.loss_fn = sorting_loss(config)
+
+    @property
+    def key(self): return run_key(self.config, self.source)
 
     def make_network(self):
         "The scoring network at the start of training"
@@ -241,7 +244,7 @@ def run_record(
     try: result = fit(task, curves, progress)
     except (NonFiniteError, SingularError) as e:
         error = f"after step {curves['step'][-1] if curves else 0}: {e}"
-    return {"format": 1, "key": run_key(task.config, task.source), "status": "failed" if error else "ok", "error": error,
+    return {"format": 1, "key": task.key, "status": "failed" if error else "ok", "error": error,
             "config": task.config, "data_source": task.source, **env, "curves": curves, "result": result,
             "seconds": round(time.perf_counter() - start, 3), "finished": datetime.now(timezone.utc).isoformat(timespec='seconds')}
 
@@ -255,10 +258,10 @@ def run_all(
     "Run what is not finished yet, recording each run when it ends"
     tasks = list(tasks)
     file, done = open_results(folder, name)
-    left = sum(t.config["steps"] for t in tasks if run_key(t.config, t.source) not in done)
+    left = sum(t.config["steps"] for t in tasks if t.key not in done)
     with tqdm(total=left, unit="step", disable=not show, smoothing=0.05) as bar:
         for i, task in enumerate(tasks):
-            key, c = run_key(task.config, task.source), task.config
+            key, c = task.key, task.config
             if key not in done:
                 bar.set_description(f"run {i + 1}/{len(tasks)}: {_title(c)}")
                 done[key] = run_record(task, environment(c["device"]), _advance(bar))
