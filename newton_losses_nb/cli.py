@@ -42,7 +42,7 @@ def bench_sorting(
     methods:str="none,fisher,hessian,clip", # Methods, with commas; also hessian_abs, hessian_clip, clip_grad, rms, scalar
     n:int=5,                # Images in a set
     seeds:str="3",          # Number of seeds, or a list such as 0,5,10-12
-    steps:int=500,          # Training steps
+    steps:int=400,          # Training steps
     batch:int=100,          # Sets in a step
     lr:float=None,          # Learning rate of Adam; default: one that suits the network
     lam:str="auto",         # Damping λ: a number or auto
@@ -55,6 +55,7 @@ def bench_sorting(
     data:str="sample",      # sample (5,000 MNIST digits, offline) or mnist (70,000, downloaded once)
     data_dir:str=None,      # Folder with the four files of MNIST or of a data set in its format, instead of --data
     device:str="cpu",       # cpu or cuda
+    threads:int=None,       # CPU threads; default: one for the small network, which is fastest with one, else all
     precision:str="float32", # float32, tf32, bf16 or float64
     eval_every:int=100,     # Steps between evaluations
     eval_sets:int=1000,     # Validation sets, and test sets
@@ -62,12 +63,14 @@ def bench_sorting(
 ):
     "Train networks to sort images of four-digit numbers, with each relaxation, method and seed; then report"
     _need_bench()
+    import torch
     from newton_losses_nb.data import load_digits
     from newton_losses_nb.experiment import SortingTask, run_all, sorting_grid
     configs = sorting_grid(_names(relaxations), _names(methods), _seeds(seeds), n=n, steps=steps, batch=batch, lr=lr, lam=_lam(lam),
                            max_norm=max_norm, tau=tau, steepness=steepness, comparators=comparators, loss=loss, network=network,
                            device=device, precision=precision, eval_every=eval_every, eval_sets=eval_sets)
     digits = load_digits(data, data_dir)
+    if threads or network == "small": torch.set_num_threads(threads or 1)
     print(f"{len(configs)} runs on {digits['train'].source}; results in {out}")
     runs = list(run_all([SortingTask(c, digits) for c in configs], out, "sorting"))
     _report(runs, Path(out)/"report", "exact_match")

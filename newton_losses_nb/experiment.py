@@ -52,7 +52,7 @@ def sorting_config(
     method:str="none",             # What is sent back to the scores, a key of `METHODS`
     n:int=5,                       # Images in a set
     seed:int=0,                    # Of the initial weights and of the training data
-    steps:int=500,                 # Training steps
+    steps:int=400,                 # Training steps
     batch:int=100,                 # Sets in a step
     lr:float|None=None,            # Learning rate of Adam; None: from `LEARNING_RATES`
     lam:float|str="auto",          # Damping λ of the Newton losses and the scalar step
@@ -242,7 +242,7 @@ def run_record(
     "Run one configuration; the outcome as a record, finished or failed"
     curves, result, error, start = {}, None, None, time.perf_counter()
     try: result = fit(task, curves, progress)
-    except (NonFiniteError, SingularError) as e:
+    except (NonFiniteError, SingularError, torch.linalg.LinAlgError) as e:
         error = f"after step {curves['step'][-1] if curves else 0}: {e}"
     return {"format": 1, "key": task.key, "status": "failed" if error else "ok", "error": error,
             "config": task.config, "data_source": task.source, **env, "curves": curves, "result": result,
