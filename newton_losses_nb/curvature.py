@@ -27,14 +27,15 @@ def check_finite(
     if bad.any(): raise NonFiniteError(f"{name}: expected finite numbers, got {int(bad.sum())} NaN or infinite out of {x.numel()}")
 
 def check_outputs(
-    y:Tensor, # Network outputs
+    y:Tensor,      # Network outputs
+    name:str="y",  # What to call them in the message
 ):
     "Raise unless `y` is a finite floating-point matrix with at least one sample and one output"
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"y: expected a floating-point tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
     if y.ndim != 2 or 0 in y.shape:
-        raise ValueError(f"y: expected shape (N, m), N samples of m outputs, got {tuple(y.shape)}")
-    check_finite("y", y)
+        raise ValueError(f"{name}: expected shape (N, m), N samples of m outputs, got {tuple(y.shape)}")
+    check_finite(name, y)
 
 # %% ../nbs/01_curvature.ipynb #f2d94857
 def sample_losses(
@@ -53,7 +54,8 @@ def sample_losses(
 # %% ../nbs/01_curvature.ipynb #a985feab
 def _check_independent(loss, G, y):
     "Raise if some sample's loss depends on another sample's output"
-    v = 2.**(torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) % 16 - 15).to(y.device, y.dtype)
+    powers = 4 if y.dtype == torch.float16 else 16
+    v = 2.**-(torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) % powers).to(y.device, y.dtype)
     Gv, = torch.autograd.grad(loss, y, v, retain_graph=True)
     off = (Gv/v[:, None] - G).detach().abs().amax()
     if off > 1e-3*G.detach().abs().amax().clamp_min(1e4*torch.finfo(G.dtype).tiny):
@@ -88,7 +90,8 @@ def derivatives(
     check_outputs(y)
     own = getattr(loss_fn, 'derivatives', None)
     with torch.enable_grad():
-        if own is not None: loss, G, H = own(y.detach(), *args, hessian=hessian)
+        if own is not None:
+            with torch.autocast(y.device.type, enabled=False): loss, G, H = own(y.detach(), *args, hessian=hessian)
         else: loss, G, H = _autograd_derivatives(loss_fn, y, args, hessian, check)
     check_finite("gradient of loss_fn", G)
     if hessian: check_finite("Hessian of loss_fn", H)
@@ -103,7 +106,16 @@ def _autograd_derivatives(loss_fn, y, args, hessian, check):
     G, = torch.autograd.grad(loss.sum(), y, create_graph=hessian, retain_graph=hessian or check, allow_unused=True)
     if G is None: raise ValueError("loss_fn: expected values that depend on y, got values that depend on something else only")
     if check: _check_independent(loss, G, y)
+    if hessian and not G.requires_grad: _check_linear(loss_fn, y, args, G)
     return loss, G, _order_two(G, y) if hessian else None
+
+def _check_linear(loss_fn, y, args, G):
+    "A gradient without a graph is constant; if it changes with y, the loss hides its second derivative"
+    moved = (y + 1e-3*(1 + y.abs())).detach().requires_grad_()
+    G2, = torch.autograd.grad(loss_fn(moved, *args).sum(), moved)
+    if (G2 - G).abs().amax() > 1e-5*G.abs().amax(): raise ValueError(
+        "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with y and autograd cannot say how "
+        "(once_differentiable, a detach, or numpy inside?); use curvature='fisher'")
 
 # %% ../nbs/01_curvature.ipynb #016a62ee
 def _chunks(
@@ -172,5 +184,5 @@ def empirical_fisher(
     G:Float[Tensor, "N m"],  # Gradients of the samples' own losses, not divided by N
 ) -> Float[Tensor, "m m"]:   # Their mean outer product
     "Empirical Fisher matrix of the loss at the network's outputs (paper, Definition 2)"
-    check_outputs(G)
+    check_outputs(G, "G")
     return G.mT @ G / len(G)

@@ -34,11 +34,13 @@ def auto_damping(
 # %% ../nbs/02_newton.ipynb #e31c4923
 def _damping(lam, G, eigenvalues=None):
     "The number behind `lam`: given, by the automatic rule, or by the caller's own rule"
-    if isinstance(lam, str):
-        if lam != "auto": raise ValueError(f"lam: expected a number, 'auto' or a function, got {lam!r}")
-        return auto_damping(G, eigenvalues)
-    if callable(lam): lam = lam(G, eigenvalues)
-    lam = torch.as_tensor(lam, dtype=G.dtype, device=G.device)
+    rule = auto_damping if isinstance(lam, str) and lam == "auto" else lam
+    if callable(rule): rule = rule(G, eigenvalues)
+    if isinstance(rule, str) or not isinstance(rule, (int, float, Tensor)):
+        raise ValueError(f"lam: expected a number, 'auto' or a function, got {lam!r}")
+    lam = torch.as_tensor(rule, dtype=G.dtype, device=G.device)
+    if lam.shape != () and lam.shape != G.shape[:-2]:
+        raise ValueError(f"lam: expected one number{' for each batch, shape ' + str(tuple(G.shape[:-2])) if G.ndim > 2 else ''}, got shape {tuple(lam.shape)}")
     if not (torch.isfinite(lam) & (lam >= 0)).all(): raise ValueError(f"lam: expected a finite number, at least 0, got {lam.tolist()}")
     return lam
 
@@ -63,8 +65,9 @@ def damped_solve(
     C, g = C.to(dtype), G.to(dtype)
     e, V = torch.linalg.eigh((C + C.mT)/2)
     e = _SPECTRA[eigenvalues](e)
-    scale = e + _damping(lam, g, e).unsqueeze(-1)
-    if (scale.abs() <= C.shape[-1]*torch.finfo(dtype).eps*e.abs().amax(-1, keepdim=True)).any():
+    lam = _damping(lam, g, e).unsqueeze(-1)
+    scale, rounding = e + lam, C.shape[-1]*torch.finfo(dtype).eps*e.abs().amax(-1, keepdim=True)
+    if (scale.abs() <= (rounding if eigenvalues == "raw" else rounding*(lam == 0))).any():
         raise SingularError("lam: C + λI is singular; expected a larger lam, lam='auto', or eigenvalues='abs'")
     return ((g @ V / scale.unsqueeze(-2)) @ V.mT).to(G.dtype)
 
@@ -122,6 +125,7 @@ def newton_direction(
     "Losses and damped Newton directions of all samples"
     _check_choice("curvature", curvature, ("fisher", "hessian"))
     _check_choice("average", average, ("batch", "sample"))
+    _check_choice("eigenvalues", eigenvalues, tuple(_SPECTRA))
     check_outputs(y)
     y, args = _compute_precision(y, args)
     own, hessian = average == "sample", curvature == "hessian"
@@ -191,11 +195,11 @@ class OutputLoss(nn.Module):
 
     def forward(self, y:Float[Tensor, "N m"], *args) -> Float[Tensor, ""]:
         "Mean loss, or half the squared step; its gradient is direction / N"
+        check_outputs(y)
         if self.value == "loss" and not (torch.is_grad_enabled() and y.requires_grad):
-            check_outputs(y)
             return sample_losses(self.loss_fn, *_flat(_compute_precision(y, args))).mean()
         loss, D = self.direction(y, *args, check=self.check)
-        self.check = False
+        self.check = self.check and len(y) == 1
         value = loss.mean() if self.value == "loss" else D.square().sum(1).mean()/2
         return _SendBack.apply(y, value, D/len(y))
 
@@ -269,8 +273,10 @@ def clip_per_sample(
 ) -> Float[Tensor, "N m"]:    # Rows of length at most `max_norm`
     "Shorten each sample's gradient to a largest norm"
     if not max_norm > 0: raise ValueError(f"max_norm: expected a positive number, got {max_norm}")
-    norm = torch.linalg.vector_norm(G, dim=-1, keepdim=True)
-    return G*(max_norm/norm.clamp_min(max_norm))
+    size = G.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
+    unit = G/size
+    longest = max_norm/torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
+    return unit*torch.minimum(size, longest)
 
 # %% ../nbs/02_newton.ipynb #eca53c6f
 def normalize_rms(

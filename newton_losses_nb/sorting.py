@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .curvature import check_finite, sample_losses
+from .curvature import NonFiniteError, check_finite, sample_losses
 
 # %% ../nbs/03_sorting.ipynb #0675822a
 def _centred(
@@ -162,6 +162,7 @@ def true_permutation(
 ) -> Float[Tensor, "*batch n n"]: # One at [..., i, j] where input j has ascending rank i
     "Permutation matrix that sorts `labels` in ascending order; ties stay in the given order"
     if labels.ndim == 0 or labels.shape[-1] == 0: raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got {tuple(labels.shape)}")
+    if labels.isnan().any(): raise NonFiniteError(f"labels: expected numbers, got {int(labels.isnan().sum())} NaN")
     return F.one_hot(labels.argsort(dim=-1, stable=True), labels.shape[-1]).to(dtype or torch.get_default_dtype())
 
 # %% ../nbs/03_sorting.ipynb #1705ab8b
@@ -210,7 +211,8 @@ class SortingLoss(nn.Module):
         self.relaxation, self.kind, self.tau, self.steepness, self.network = relaxation, kind, tau, steepness, network
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
-        if relaxation in _CLOSED and self.log: self.derivatives = self._closed_form
+        comparators(2, network)
+        if relaxation in _CLOSED and self.log and type(self).forward is SortingLoss.forward: self.derivatives = self._closed_form
 
     def permutation(self, s, log=False):
         "Relaxed permutation matrix of the scores"
@@ -296,9 +298,12 @@ def element_match(
     labels:Tensor,                    # `(..., n)`: numbers whose order is right
 ) -> Float[Tensor, "*batch"]:         # Share of places that are right
     "Share of places at which scores and labels put the same element"
-    return _same_place(scores, labels).to(scores.dtype).mean(-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return _same_place(scores, labels).to(wide).mean(-1)
 
 # %% ../nbs/03_sorting.ipynb #59df15de
 def _same_place(scores, labels):
     if scores.shape != labels.shape: raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
+    for name, x in (("scores", scores), ("labels", labels)):
+        if x.isnan().any(): raise NonFiniteError(f"{name}: expected numbers, got {int(x.isnan().sum())} NaN")
     return scores.argsort(dim=-1, stable=True) == labels.argsort(dim=-1, stable=True)

@@ -31,7 +31,10 @@ def gradient_target(
 ) -> Float[Tensor, "N m"]:    # Target z = y − η_z G, detached
     "Where one step of gradient descent would move the outputs"
     y = y.detach().requires_grad_()
-    with torch.enable_grad(): G, = torch.autograd.grad(loss_fn(y, *args).sum(), y)
+    with torch.enable_grad():
+        loss = loss_fn(y, *args)
+        if loss.shape != y.shape[:1]: raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), got {tuple(loss.shape)}")
+        G, = torch.autograd.grad(loss.sum(), y)
     return (y - lr*G).detach()
 
 # %% ../nbs/00_splitting.ipynb #e83ff51e

@@ -2,3 +2,13 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    "Notebooks share the process; each starts from PyTorch's defaults"
+    yield
+    import torch
+    torch.set_default_dtype(torch.float32)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HEAVY = ("pandas", "matplotlib", "scipy", "tqdm", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk")
+HEAVY = ("pandas", "matplotlib", "scipy", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk")
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
