@@ -36,6 +36,8 @@ def _centred(
 # %% ../nbs/03_sorting.ipynb #030d5697
 def _describe(x): return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
+def _one_hot(index, n): return index.unsqueeze(-1) == torch.arange(n, device=index.device)
+
 def _positive(name, x):
     if not (isinstance(x, (int, float)) and 0 < x < math.inf): raise ValueError(f"{name}: expected a positive finite number, got {x!r}")
 
@@ -163,14 +165,14 @@ def true_permutation(
     "Permutation matrix that sorts `labels` in ascending order; ties stay in the given order"
     if labels.ndim == 0 or labels.shape[-1] == 0: raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got {tuple(labels.shape)}")
     if labels.isnan().any(): raise NonFiniteError(f"labels: expected numbers, got {int(labels.isnan().sum())} NaN")
-    return F.one_hot(labels.argsort(dim=-1, stable=True), labels.shape[-1]).to(dtype or torch.get_default_dtype())
+    return _one_hot(labels.argsort(dim=-1, stable=True), labels.shape[-1]).to(dtype or torch.get_default_dtype())
 
 # %% ../nbs/03_sorting.ipynb #1705ab8b
 def log_complement(
     log_P:Float[Tensor, "*batch n n"],  # Log-weights whose rows sum to one
 ) -> Float[Tensor, "*batch n n"]:
     "log(1 − P) from log P without cancellation"
-    top = F.one_hot(log_P.argmax(-1), log_P.shape[-1]).bool()
+    top = _one_hot(log_P.argmax(-1), log_P.shape[-1])
     others = log_P.masked_fill(top, -1e30).logsumexp(-1, keepdim=True)
     return torch.where(top, others, torch.log1p(-log_P.masked_fill(top, -1.).exp()))
 
@@ -241,7 +243,7 @@ def _row_hessians(log_P, T, kind):
     if kind == "cross_entropy":
         r = T.sum(-1)/n
         return r.unsqueeze(-1)*P, [(-r, P, P)]
-    top = F.one_hot(log_P.argmax(-1), n).bool()
+    top = _one_hot(log_P.argmax(-1), n)
     Q = log_P.masked_fill(top, -1e30).softmax(-1).masked_fill(top, 0.)
     a = ((1 - T)/(1 - P.masked_fill(top, 0.))).masked_fill(top, 0.)
     b = (a/(1 - P.masked_fill(top, 0.)))
@@ -277,7 +279,7 @@ def _soft_hessian(s, T, kind, tau):
     S = (ordered.unsqueeze(-1) - z.unsqueeze(-2)).sign()
     diagonal, terms = S.square()*diagonal, [(w, U*S, V*S) for w, U, V in terms]
     y = diagonal + sum((w*V.sum(-1)).unsqueeze(-1)*U for w, U, V in terms)
-    E = F.one_hot(place, z.shape[-1]).to(z.dtype)
+    E = _one_hot(place, z.shape[-1]).to(z.dtype)
     cross = y.mT @ E
     whole = _sum_rows(diagonal, terms, torch.ones_like(z)) + E.mT @ (y.sum(-1, keepdim=True)*E)
     return (whole - cross - cross.mT)*gain.unsqueeze(-1).square()
