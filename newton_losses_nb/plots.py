@@ -22,7 +22,7 @@ from .report import caption, group_runs, in_percent, method_order, summary, to_m
 def curve(
     run:dict,   # One record
     metric:str, # Name of one of its curves
-    x:str,      # "step" or "seconds"
+    x:str,      # "step", "epoch" or "seconds"
 ) -> pd.Series: # The known values of the metric, indexed by x; empty if there is no such curve
     "One curve of one run"
     c = run["curves"]
@@ -47,6 +47,7 @@ def mean_curve(
 _colours = dict(zip(method_order, ("#000000", "#0072B2", "#D55E00", "#E69F00", "#CC79A7",
                                    "#009E73", "#56B4E9", "#882255", "#999933")))
 _dashes = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+_axes = ("step", "epoch", "seconds")
 _cross = dict(linewidth=0.7, marker="x", markevery=[-1])
 
 def _styles(names):
@@ -89,12 +90,13 @@ def _legend(fig, styles, failed):
 def plot_curves(
     runs:list[dict],          # Records, as from `read_runs`
     metric:str="exact_match", # Name of a curve
-    x:str="step",             # Horizontal axis: "step" or "seconds"
+    x:str="step",             # Horizontal axis: "step", "epoch" or "seconds"
 ) -> Figure:                  # One panel per setting, one line per method
     "Draw a metric over steps or over seconds"
-    if x not in ("step", "seconds"): raise ValueError(f"x: expected 'step' or 'seconds', got {x!r}")
+    if x not in _axes: raise ValueError(f"x: expected one of {', '.join(_axes)}, got {x!r}")
+    if missing := [r["key"] for r in runs if r["curves"] and x not in r["curves"]]: raise ValueError(f"x: expected a curve of all runs, got {x!r}, which run {missing[0]} does not have")
     g = group_runs(runs)
-    known = dict.fromkeys(k for r in runs for k in r["curves"] if k not in ("step", "seconds"))
+    known = dict.fromkeys(k for r in runs for k in r["curves"] if k not in _axes)
     if metric not in known: raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}")
     panels, styles = list(g.groupby("setting", sort=False)), _styles(dict.fromkeys(g.method))
     columns, rows = min(len(panels), 2), -(-len(panels)//2)
@@ -103,7 +105,7 @@ def plot_curves(
     for ax in axs[len(panels):]: ax.remove()
     for ax, (_, part) in zip(axs, panels):
         _panel(ax, part, metric, x, styles)
-        ax.set(xlabel=x if x == "step" else "time (seconds)",
+        ax.set(xlabel="time (seconds)" if x == "seconds" else x,
                ylabel=metric.replace("_", " ") + " (%)"*in_percent(metric))
         ax.grid(alpha=0.25, linewidth=0.6)
     _legend(fig, styles, any(r["status"] == "failed" for r in g.run))
@@ -126,14 +128,15 @@ def write_report(
     runs:list[dict],          # Records, as from `read_runs`
     out:str|Path,             # Folder for the files; made if there is none
     metric:str="exact_match", # A fraction in the results
-) -> list[Path]:              # table.md, table.csv, and curves_step and curves_seconds as .png and .svg
+) -> list[Path]:              # table.md, table.csv, and curves_step (or curves_epoch) and curves_seconds as .png and .svg
     "Write tables, and pictures if the metric has curves, into a folder"
     table, out = summary(runs, metric), Path(out)
     lines = "  \n".join(caption(runs, metric).splitlines())
     page = f"# {metric}\n\n{to_markdown(table)}\n\n{lines}\n"
     files = {"table.md": lambda f: f.write_text(page, encoding="utf-8"),
              "table.csv": lambda f: table.assign(metric=metric).to_csv(f, index=False)}
-    for x in ("step", "seconds") if any(metric in r["curves"] for r in runs) else ():
+    across = "epoch" if all("epoch" in r["curves"] for r in runs if r["curves"]) else "step"
+    for x in (across, "seconds") if any(metric in r["curves"] for r in runs) else ():
         fig = plot_curves(runs, metric, x)
         files |= {f"curves_{x}.{kind}": _saver(fig, kind) for kind in ("png", "svg")}
     try:

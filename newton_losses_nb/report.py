@@ -212,7 +212,8 @@ def _configuration(g):
     settings = [_setting(r) for r in g.run]
     different = pd.DataFrame(settings).fillna("").nunique() > 1
     same = [k for k in different.index if not different[k]]
-    others = [k for k in different.index if different[k] and k not in ("relaxation", "n")]
+    named = ("relaxation", "n") if "relaxation" in different else ("loss", "n")
+    others = [k for k in different.index if different[k] and k not in named]
     rest = [", ".join(o for o in _fields(s, others) if o not in name) for s, name in zip(settings, g.setting)]
     lines = {"Equal in all runs": ", ".join(_fields(settings[0], same)) or "nothing",
              "By setting": _by_setting(g, rest),

@@ -288,9 +288,12 @@ def path_loss(
     path:Float[Tensor, "N ..."],   # Predicted paths, soft or hard
     target:Float[Tensor, "N ..."], # True paths, of the same shape
     kind:str="l1",                 # "l1": absolute, "l2": squared difference
-) -> Float[Tensor, "N"]:           # Mean over the cells, for each sample
+    reduction:str="mean",          # Over the cells: "mean" or "sum"
+) -> Float[Tensor, "N"]:           # One loss per sample
     "How far paths are from the true ones"
     _same_shape("path", path, "target", target)
     if kind not in ("l1", "l2"): raise ValueError(f"kind: expected 'l1' or 'l2', got {kind!r}")
+    if reduction not in ("mean", "sum"): raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     diff = (path - target).flatten(1)
-    return (diff.abs() if kind == "l1" else diff.square()).mean(1)
+    diff = diff.abs() if kind == "l1" else diff.square()
+    return diff.mean(1) if reduction == "mean" else diff.sum(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'Noise', 'draw_noise', 'smoothed_algorithm', 'smoothed_loss', 'fenchel_young_loss', 'SmoothedLoss',
-           'SmoothedAlgorithmLoss', 'FenchelYoungLoss', 'blackbox']
+           'SmoothedAlgorithmLoss', 'FenchelYoungLoss', 'blackbox', 'BlackboxLoss']
 
 # %% ../nbs/11_smoothing.ipynb #958806f3
 from collections.abc import Callable
@@ -336,3 +336,27 @@ def blackbox(
     "Solve, and differentiate by solving once more (Vlastelica et al., ICLR 2020)"
     if not isinstance(lam, (int, float)) or not 0 < lam < float("inf"): raise ValueError(f"lam: expected a positive number, got {lam!r}")
     return _Blackbox.apply(y, solver, lam, floor)
+
+# %% ../nbs/11_smoothing.ipynb #5ae574f0
+class BlackboxLoss:
+    "A differentiable loss of a solver's result, by blackbox differentiation"
+    def __init__(self,
+        solver:Callable,     # Maps costs `(batch, m)` to the best solutions `(batch, m)`, smallest ⟨w, y⟩
+        loss_fn:Callable,    # Per-sample loss of the solution, `(N, m)` and further arguments to `(N,)`; differentiable
+        lam:float=20.,       # Interpolation λ
+        floor:float|None=0., # Least cost that the solver may see; smaller ones are raised to it
+    ):
+        blackbox(lambda y: y, torch.zeros(1, 1), lam, floor)
+        self.solver, self.loss_fn, self.lam, self.floor = solver, loss_fn, lam, floor
+
+    def __call__(self, y, *args):
+        "Loss of each sample, differentiable once"
+        return sample_losses(self.loss_fn, blackbox(self.solver, y, self.lam, self.floor), *args)
+
+    def derivatives(self, y, *args, hessian=True):
+        "Losses `(N,)` and gradients `(N, m)`; there is no Hessian"
+        if hessian: raise ValueError("loss_fn: blackbox differentiation has no second derivative; use curvature='fisher'")
+        y = y.detach().requires_grad_()
+        w = blackbox(self.solver, y, self.lam, self.floor)
+        loss, dL, _ = derivatives(self.loss_fn, w.detach(), *args, hessian=False, check=False)
+        return loss, torch.autograd.grad(w, y, dL)[0], None
