@@ -100,10 +100,11 @@ class MapCosts(nn.Module):
     def __init__(self,
         body:nn.Module,  # Maps pictures `(N, 3, h, w)` to costs `(N, size, size)`, before they are made positive
         positive,        # Makes them positive, elementwise
+        unit:bool=False, # Divide by the mean cost of each map?
         tile:int=8,      # Pixels of a cell
     ):
         super().__init__()
-        self.body, self.positive, self.tile = body, positive, tile
+        self.body, self.positive, self.unit, self.tile = body, positive, unit, tile
 
     def forward(self,
         x:Float[Tensor, "N 3 h w"],         # Pictures, normalised by channel
@@ -113,7 +114,8 @@ class MapCosts(nn.Module):
             raise ValueError(f"expected pictures of shape (N, 3, h, w), h and w divisible by {self.tile}, got {tuple(x.shape)}")
         if not x.is_floating_point(): raise ValueError(f"expected floating-point pictures, got {x.dtype}")
         grid = x.shape[2]//self.tile, x.shape[3]//self.tile
-        return self.positive(nn.functional.adaptive_max_pool2d(self.body(x), grid).mean(1)).flatten(1)
+        y = self.positive(nn.functional.adaptive_max_pool2d(self.body(x), grid).mean(1)).flatten(1)
+        return y/y.mean(1, keepdim=True) if self.unit else y
 
 # %% ../nbs/05_models.ipynb #0dc3655e
 def truncated_resnet18() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`, or other sizes alike
@@ -131,6 +133,6 @@ def small_path_net() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`, or oth
     body = nn.Sequential(
         nn.AvgPool2d(2), nn.Conv2d(3, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
         nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 1, 1))
-    return MapCosts(body, nn.functional.softplus)
+    return MapCosts(body, nn.functional.softplus, unit=True)
 
 PATH_NETWORKS = dict(resnet18=truncated_resnet18, small=small_path_net)
