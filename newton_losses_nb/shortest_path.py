@@ -37,61 +37,69 @@ def _distances(
     d[1, 1] = cost[0, 0]
     row, best = torch.empty_like(d[:, 1:-1]), torch.empty_like(cost)
     while True:
+        for _ in range(5): _sweep(d, cost, row, best)
         before = d.clone()
-        for _ in range(8): _sweep(d, cost, row, best)
+        _sweep(d, cost, row, best)
         if torch.equal(d, before): return d
 
 # %% ../nbs/10_shortest_path.ipynb #d92551bf
 _NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
 
 # %% ../nbs/10_shortest_path.ipynb #08c9304b
-def _walk(
+def _predecessors(
     d:Float[Tensor, "H+2 W+2 B"],  # Distances with a border
-    plateaus:bool,                 # Are there cells no dearer to reach than the neighbour before them?
-) -> Float[Tensor, "H W B"]:       # 1 on the path, 0 elsewhere
-    "Follow the smallest distances from the bottom right corner to the top left one"
-    (h, w, B), start = d.shape, d.shape[1] + 1
-    steps = torch.tensor([i*w + j for i, j in _NEIGHBOURS], device=d.device)[:, None]
-    hops, d = _hops(d) if plateaus else None, d.reshape(h*w, B)
-    at = torch.full((1, B), (h - 2)*w + w - 2, device=d.device)
-    path = torch.zeros_like(d)
-    for i in range(h*w):
-        path.scatter_(0, at, 1)
-        if i % 8 == 0 and (at == start).all(): break
-        near = d.gather(0, at + steps)
-        if plateaus: near = _prefer_few_hops(near, d.gather(0, at), hops.gather(0, at + steps))
-        at = torch.where(at == start, start, at + steps[near.argmin(0, keepdim=True), 0])
-    return path.reshape(h, w, B)[1:-1, 1:-1]
+) -> tuple:                        # Number of the neighbour `(H, W, B)`, and its distance
+    "First of the nearest neighbours of each cell, in row-major order"
+    best = _shift(d, *_NEIGHBOURS[0])
+    which = torch.zeros_like(best, dtype=torch.int64)
+    for k, o in enumerate(_NEIGHBOURS[1:], 1):
+        near = _shift(d, *o)
+        which.masked_fill_(near < best, k)
+        best = torch.minimum(best, near)
+    return which, best
+
+def _shift(d, i, j): return d[1+i:d.shape[0]-1+i, 1+j:d.shape[1]-1+j]
+
+# %% ../nbs/10_shortest_path.ipynb #d7a61e0d
+def _walk(
+    which:Tensor,                  # Number of the neighbour that each cell is reached from, `(H, W, B)`
+) -> Tensor:                       # Cells on the path, `(H, W, B)`, bool
+    "Follow the predecessors from the bottom right corner to the top left one"
+    H, W, B = which.shape
+    steps = torch.tensor([i*W + j for i, j in _NEIGHBOURS], device=which.device)
+    before = (torch.arange(H*W, device=which.device)[:, None] + steps[which.reshape(H*W, B)])
+    before[0] = 0
+    at = torch.full((1, B), H*W - 1, device=which.device)
+    path = torch.zeros(H*W, B, dtype=torch.bool, device=which.device)
+    for i in range(H*W):
+        path.scatter_(0, at, True)
+        if i % 8 == 0 and (at == 0).all(): break
+        at = before.gather(0, at)
+    return path.reshape(H, W, B)
 
 # %% ../nbs/10_shortest_path.ipynb #b4ff6137
 def _hops(
     d:Float[Tensor, "H+2 W+2 B"],  # Distances with a border
-) -> Float[Tensor, "cells B"]:     # Fewest steps of a cheapest path to each cell
+    best:Float[Tensor, "H W B"],   # Distance of the nearest neighbour
+) -> Float[Tensor, "H+2 W+2 B"]:   # Fewest steps of a cheapest path to each cell
     "Steps from the start on paths of smallest cost"
-    near = torch.stack([_shift(d, *o) for o in _NEIGHBOURS])
-    tight = near == near.amin(0)
+    tight = [_shift(d, *o) == best for o in _NEIGHBOURS]
     hops = torch.full_like(d, torch.inf)
     hops[1, 1] = 0
+    inner = hops[1:-1, 1:-1]
     while True:
         before = hops.clone()
-        for _ in range(8):
-            best = torch.where(tight, torch.stack([_shift(hops, *o) for o in _NEIGHBOURS]), torch.inf).amin(0)
-            hops[1:-1, 1:-1] = torch.minimum(hops[1:-1, 1:-1], best + 1)
-        if torch.equal(hops, before): return hops.flatten(0, 1)
+        for t, o in zip(tight, _NEIGHBOURS): torch.minimum(inner, torch.where(t, _shift(hops, *o) + 1, torch.inf), out=inner)
+        if torch.equal(hops, before): return hops
 
-def _shift(d, i, j): return d[1+i:d.shape[0]-1+i, 1+j:d.shape[1]-1+j]
-
-def _prefer_few_hops(near, here, hops):
-    "On a plateau (nothing nearer than here), rank the nearest neighbours by their steps"
-    best = near.amin(0, keepdim=True)
-    return torch.where(best == here, torch.where(near == best, hops, torch.inf), near)
-
-def _has_plateau(d):
-    "Whether some cell is as near as its nearest neighbour"
-    inner, near = d[1:-1, 1:-1], torch.minimum(torch.minimum(d[:, :-2], d[:, 2:]), d[:, 1:-1])
-    flat = (torch.minimum(torch.minimum(near[:-2], near[2:]), near[1:-1]) == inner) & inner.isfinite()
+def _off_plateaus(d, which, best):
+    "Predecessors that leave a plateau by the fewest steps"
+    flat = (d[1:-1, 1:-1] == best) & best.isfinite()
     flat[0, 0] = False
-    return bool(flat.any())
+    if not flat.any(): return which
+    hops = _hops(d, best)
+    rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf) for o in _NEIGHBOURS])
+    return torch.where(flat, rank.argmin(0), which)
 
 # %% ../nbs/10_shortest_path.ipynb #6c63209d
 def shortest_path(
@@ -101,13 +109,14 @@ def shortest_path(
     _check_cost(cost)
     H, W = cost.shape[-2:]
     wide = cost.detach().to(torch.promote_types(cost.dtype, torch.float32)).reshape(-1, H, W)
-    parts = [_solve(c) for c in wide.split(max(1, 2**17//(H*W)))]
+    parts = [_solve(c) for c in wide.split(max(1, 2**16//(H*W)))]
     return torch.cat(parts).reshape(cost.shape).to(cost.dtype)
 
 def _solve(cost):
     d = _distances(cost.permute(1, 2, 0).contiguous())
     if not d[-2, -2].isfinite().all(): raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, got one beyond {torch.finfo(cost.dtype).max:.1e}")
-    return _walk(d, _has_plateau(d)).permute(2, 0, 1)
+    which, best = _predecessors(d)
+    return _walk(_off_plateaus(d, which, best)).permute(2, 0, 1)
 
 # %% ../nbs/10_shortest_path.ipynb #379edd60
 def _check_grid(name, x):
