@@ -119,8 +119,8 @@ def _solve(cost):
     return _walk(_off_plateaus(d, which, best)).permute(2, 0, 1)
 
 # %% ../nbs/10_shortest_path.ipynb #379edd60
-def _check_grid(name, x):
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+def _check_grid(name, x, floating=True):
+    if not isinstance(x, Tensor) or floating and not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.ndim < 2 or 0 in x.shape[-2:]: raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
 
@@ -137,8 +137,8 @@ def path_cost(
     cost:Float[Tensor, "*batch H W"], # Cost of each cell
     path:Float[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
 ) -> Float[Tensor, "*batch"]:         # Sum of the costs on the path
-    "What a path costs"
-    return (cost*path).sum((-2, -1))
+    "What a path costs, in float32 at least"
+    return (_wide(cost)*_wide(path)).sum((-2, -1))
 
 def exact_path_match(
     path:Float[Tensor, "*batch H W"],   # Predicted path
@@ -146,30 +146,25 @@ def exact_path_match(
 ) -> Bool[Tensor, "*batch"]:            # Is every cell the same?
     "Whether two paths are the same"
     _same_shape("path", path, "target", target)
-    return ((path > 0.5) == (target > 0.5)).all(-1).all(-1)
+    return (_wide(path) - _wide(target)).abs().sum((-2, -1)) < 0.5
+
+def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/10_shortest_path.ipynb #9b21b99a
 def is_valid_path(
     path:Float[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
-) -> Bool[Tensor, "*batch"]:          # Does it lead from corner to corner?
-    "Whether cells form a path from the top left to the bottom right corner, of one piece and without dead ends"
-    _check_grid("path", path)
-    shape, (H, W) = path.shape[:-2], path.shape[-2:]
-    grid = path.detach().reshape(-1, 1, H, W)
+) -> Bool[Tensor, "*batch"]:          # Does it lead from corner to corner? Loops are not found
+    "Whether cells lead from the top left to the bottom right corner, in one piece and without dead ends"
+    _check_grid("path", path, floating=False)
+    H, W = path.shape[-2:]
+    grid = path.detach().reshape(-1, H, W).permute(1, 2, 0)
     on = grid == 1
-    count = F.avg_pool2d(on.float(), 3, 1, 1, divisor_override=1) - 1
-    count[..., 0, 0] += 1; count[..., -1, -1] += 1
-    good = (on | (grid == 0)).flatten(1).all(1) & on[:, 0, 0, 0] & on[:, 0, -1, -1] & (~on | (count > 1.5) | (H*W == 1)).flatten(1).all(1)
-    return (good & (_reached(on) == on).flatten(1).all(1)).reshape(shape)
-
-def _reached(on):
-    "Cells of a set that can be reached from the top left one inside it"
-    seen = torch.zeros_like(on)
-    seen[..., 0, 0] = on[..., 0, 0]
-    while True:
-        before = seen
-        for _ in range(8): seen = on & (F.max_pool2d(seen.float(), 3, 1, 1) > 0)
-        if torch.equal(seen, before): return seen
+    border = F.pad(on, (0, 0, 1, 1, 1, 1))
+    touches = torch.stack([_shift(border, *o) for o in _NEIGHBOURS]).sum(0)
+    touches[0, 0] += 1; touches[-1, -1] += 1
+    reached = _distances(torch.where(on, 1., torch.inf))[1:-1, 1:-1].isfinite()
+    good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
+    return (good.flatten(0, 1).all(0) & on[0, 0] & on[-1, -1]).reshape(path.shape[:-2])
 
 # %% ../nbs/10_shortest_path.ipynb #32140765
 def regret(
@@ -186,8 +181,9 @@ def cost_optimality(
     rel:float=1e-3,                    # Accepted excess, as a fraction of the smallest cost
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
+    _same_shape("path", path, "cost", cost)
     best = path_cost(cost, shortest_path(cost))
-    return is_valid_path(path) & (regret(cost, path) <= rel*best)
+    return is_valid_path(path) & (path_cost(cost, path) - best <= rel*best)
 
 def _same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
@@ -257,7 +253,7 @@ def _while_mean(
     start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
     before, after = left[:-1], left[1:]
-    on = before.detach().amax(1, keepdim=True) > epsilon
+    on = before.detach().amax(1, keepdim=True) > epsilon if before.numel() else before > 0
     last = on & ~F.pad(on[1:], (0, 0, 0, 1))
     weight = (before - after)*on + after*last
     return (weight[..., None, None]*tracked).sum(0)
@@ -274,22 +270,24 @@ def relaxed_bellman_ford(
     epsilon:float=0.,                  # End the "while" walk of all grids once none goes on with more than this probability
 ) -> Float[Tensor, "*batch H W"]:      # How much each cell belongs to the path, between 0 and 1
     "Shortest path by the relaxed Bellman-Ford algorithm (Petersen et al., NeurIPS 2021)"
-    _check_relaxed(cost, beta, n_iter, loop, t_conorm, max_iter)
+    _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon)
     H, W = cost.shape[-2:]
     n = H + W if n_iter is None else n_iter
-    pi = _relaxed_distances(cost.reshape(-1, H, W), beta, n)
+    pi = _relaxed_distances(_wide(cost).reshape(-1, H, W), beta, n)
     join = lambda a, b: _T_CONORMS[t_conorm](a, b, q)
     if loop == "for": path = _trace_back(pi, join, n)[-1]
     else: path = _while_mean(torch.stack(_trace_back(pi, join, max_iter or n + 16)), beta, epsilon)
-    return path.reshape(cost.shape)
+    return path.reshape(cost.shape).to(cost.dtype)
 
 # %% ../nbs/10_shortest_path.ipynb #4a191e9b
-def _check_relaxed(cost, beta, n_iter, loop, t_conorm, max_iter):
+def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
     _check_grid("cost", cost)
     if not isinstance(beta, (int, float)) or not 0 < beta < float("inf"): raise ValueError(f"beta: expected a positive number, got {beta!r}")
     for name, n in (("n_iter", n_iter), ("max_iter", max_iter)):
         if n is not None and (not isinstance(n, int) or n < 1): raise ValueError(f"{name}: expected a whole number, at least 1, or None, got {n!r}")
     if loop not in ("for", "while"): raise ValueError(f"loop: expected 'for' or 'while', got {loop!r}")
+    if not q >= 0: raise ValueError(f"q: expected a number, at least 0, got {q!r}")
+    if not 0 <= epsilon < 1: raise ValueError(f"epsilon: expected a number, at least 0 and below 1, got {epsilon!r}")
     if t_conorm not in _T_CONORMS: raise ValueError(f"t_conorm: expected one of {', '.join(_T_CONORMS)}, got {t_conorm!r}")
 
 # %% ../nbs/10_shortest_path.ipynb #7ff8d01f
@@ -303,6 +301,6 @@ def path_loss(
     _same_shape("path", path, "target", target)
     if kind not in ("l1", "l2"): raise ValueError(f"kind: expected 'l1' or 'l2', got {kind!r}")
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    diff = (path - target).flatten(1)
+    diff = (path - target.to(path.dtype)).flatten(1)
     diff = diff.abs() if kind == "l1" else diff.square()
     return diff.mean(1) if reduction == "mean" else diff.sum(1)

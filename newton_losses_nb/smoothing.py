@@ -98,11 +98,12 @@ def _sample(algorithm, y, n_samples, sigma, args, baseline, antithetic, distribu
     noise = _noise_for(y, n_samples, sigma, baseline, antithetic, distribution, generator, noise)
     f = _call(algorithm, y, noise, sigma, args)
     def at_y(): return _call(algorithm, y, torch.zeros_like(noise[:, :1]), sigma, args)[:, 0]
-    return f, _minus_baseline(f, baseline, antithetic, at_y), noise
+    return f.to(y.dtype), _minus_baseline(f, baseline, antithetic, at_y).to(y.dtype), noise
 
 @torch.no_grad()
 def _call(algorithm, y, noise, sigma, args):
     "Results of the algorithm at the noisy points, `(N, S, ...)`"
+    if not isinstance(args, (tuple, list)): raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     n, S = noise.shape[:2]
     points = y.detach()[:, None] + sigma*noise.reshape(n, S, *y.shape[1:])
     per_row = (a.repeat_interleave(S, 0) if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in args)
@@ -110,25 +111,30 @@ def _call(algorithm, y, noise, sigma, args):
     if not isinstance(f, Tensor) or f.shape[:1] != (n*S,):
         raise ValueError(f"algorithm: expected a tensor with one row for each of the {n*S} rows it was given, got {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__}")
     check_finite("algorithm's results", f)
-    return f.to(y.dtype).unflatten(0, (n, S))
+    return f.to(torch.promote_types(f.dtype, y.dtype)).unflatten(0, (n, S))
 
 # %% ../nbs/11_smoothing.ipynb #01774d07
 def _noise_for(y, n_samples, sigma, baseline, antithetic, distribution, generator, noise):
     "Check everything that concerns noise, and draw it unless it is given"
+    _check_settings(sigma, baseline, antithetic, distribution)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim < 2: raise ValueError(
         f"y: expected a floating-point tensor of shape (N, ...), got {(tuple(y.shape), y.dtype) if isinstance(y, Tensor) else type(y).__name__}")
-    if baseline not in ("leave_one_out", "value", "none"): raise ValueError(f"baseline: expected one of leave_one_out, value, none, got {baseline!r}")
-    if distribution not in NOISE: raise ValueError(f"distribution: expected one of {', '.join(NOISE)}, got {distribution!r}")
-    if not isinstance(sigma, (int, float)) or not 0 < sigma < float("inf"): raise ValueError(f"sigma: expected a positive number, got {sigma!r}")
-    if antithetic and distribution != "gaussian": raise ValueError(f"antithetic: expected False with {distribution} noise, which is not symmetric")
     if noise is not None:
         m = y.shape[1:].numel()
+        if not isinstance(noise, Tensor): raise TypeError(f"noise: expected a tensor, got {type(noise).__name__}")
         if noise.ndim not in (2, 3) or noise.shape[-1] != m or noise.ndim == 3 and len(noise) != len(y):
-            raise ValueError(f"noise: expected shape ({len(y)}, S, {m}) or (S, {m}), got {tuple(noise.shape)}")
+            raise ValueError(
+            f"noise: expected shape ({len(y)}, S, {m}) or (S, {m}), got {tuple(noise.shape)} (where a batch is cut, by chunk_size, it must be (S, {m}))")
         noise = noise.to(y).expand(len(y), *noise.shape[-2:])
         n_samples = noise.shape[1]
     _check_samples(n_samples, baseline, antithetic)
     return draw_noise(y, n_samples, antithetic, distribution, generator) if noise is None else noise
+
+def _check_settings(sigma, baseline, antithetic, distribution):
+    if baseline not in ("leave_one_out", "value", "none"): raise ValueError(f"baseline: expected one of leave_one_out, value, none, got {baseline!r}")
+    if distribution not in NOISE: raise ValueError(f"distribution: expected one of {', '.join(NOISE)}, got {distribution!r}")
+    if not isinstance(sigma, (int, float)) or not 0 < sigma < float("inf"): raise ValueError(f"sigma: expected a positive number, got {sigma!r}")
+    if antithetic and distribution != "gaussian": raise ValueError(f"antithetic: expected False with {distribution} noise, which is not symmetric")
 
 def _check_samples(n_samples, baseline, antithetic):
     least = (4 if antithetic else 2) if baseline == "leave_one_out" else 2 if antithetic else 1
@@ -180,7 +186,7 @@ def _fenchel_young(solver, y, y_true, n_samples, sigma, maximize, floor, baselin
     w_true = y_true.detach().to(y.dtype).flatten(1)[:, None]
     def difference(e):
         w = _call(lambda c: _same_shape(solver(raised(c)), c), y, e, sigma, ()).flatten(2)
-        return (w - w_true) if maximize else (w_true - w)
+        return ((w - w_true) if maximize else (w_true - w)).to(y.dtype)
     costs = y.detach().flatten(1)[:, None] + sigma*noise
     diff = difference(noise)
     loss = (diff*raised(costs)).sum(-1).mean(1)
@@ -198,7 +204,7 @@ def _weighted_hessian(
     noise:Float[Tensor, "N S m"], # Standard noise
     sigma:float,                  # Its size
     kind:Noise,                   # Its distribution
-) -> Float[Tensor, "N m m"]:      # Mean of weight · (s sᵀ + diag k)/σ²
+) -> Float[Tensor, "N m m"]:      # Mean of weight · (s sᵀ + diag κ)/σ²
     "Score-function estimate of a Hessian"
     s, S = kind.score(noise), noise.shape[1]
     outer = torch.einsum("nsi,nsj->nij", weight[..., None]*s, s)
@@ -208,8 +214,8 @@ def _weighted_hessian(
 class _NoisyLoss:
     "Settings of the noise that the losses below share"
     def __init__(self, n_samples, sigma, baseline, antithetic, distribution, generator, noise):
-        _noise_for(torch.zeros(1, 1 if noise is None else noise.shape[-1]), n_samples, sigma, baseline, antithetic, distribution, None,
-                   None if noise is None or noise.ndim == 3 else noise)
+        _check_settings(sigma, baseline, antithetic, distribution)
+        _check_samples(n_samples if noise is None else noise.shape[-2], baseline, antithetic)
         self.settings = dict(n_samples=n_samples, sigma=sigma, baseline=baseline, antithetic=antithetic,
                              distribution=distribution, generator=generator, noise=noise)
 
@@ -331,7 +337,7 @@ def blackbox(
     solver:Callable,          # Maps costs `(batch, ...)` to the best solutions `(batch, ...)`, smallest ⟨w, y⟩
     y:Float[Tensor, "N ..."], # Costs
     lam:float=20.,            # Interpolation λ: how far costs are moved along the gradient
-    floor:float|None=0.,      # Least cost that the solver may see; smaller ones are raised to it
+    floor:float|None=1e-3,    # Least cost that the solver may see; smaller ones are raised to it
 ) -> Float[Tensor, "N ..."]:  # The exact solutions, with a gradient
     "Solve, and differentiate by solving once more (Vlastelica et al., ICLR 2020)"
     if not isinstance(lam, (int, float)) or not 0 < lam < float("inf"): raise ValueError(f"lam: expected a positive number, got {lam!r}")
@@ -344,7 +350,7 @@ class BlackboxLoss:
         solver:Callable,     # Maps costs `(batch, m)` to the best solutions `(batch, m)`, smallest ⟨w, y⟩
         loss_fn:Callable,    # Per-sample loss of the solution, `(N, m)` and further arguments to `(N,)`; differentiable
         lam:float=20.,       # Interpolation λ
-        floor:float|None=0., # Least cost that the solver may see; smaller ones are raised to it
+        floor:float|None=1e-3, # Least cost that the solver may see; smaller ones are raised to it
     ):
         blackbox(lambda y: y, torch.zeros(1, 1), lam, floor)
         self.solver, self.loss_fn, self.lam, self.floor = solver, loss_fn, lam, floor
