@@ -8,6 +8,7 @@ __all__ = ['PATH_LOSSES', 'FLOOR', 'SIGMA', 'BETA', 'INTERPOLATION', 'PATH_LEARN
 
 # %% ../nbs/14_path_experiment.ipynb #66cbd893
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -63,7 +64,7 @@ def path_config(
     seed:int=0,                    # Of the initial weights, the order of the maps and the noise
     samples:int=10,                # Noisy copies of each map
     sigma:float|None=None,         # Size of the noise; None: from `SIGMA`
-    kind:str|None=None,            # Difference of soft paths: "l1" or "l2"; None: "l2"
+    kind:str|None=None,            # Difference of soft paths: "l1" or "l2"; None: "l2" (unused with exact paths)
     loop:str="for",                # Loop of relaxed Bellman-Ford: "for" or "while"
     beta:float=BETA,               # Its inverse temperature
     t_conorm:str="probabilistic",  # Its T-conorm: "probabilistic", "hamacher" or "yager"
@@ -190,8 +191,8 @@ def path_grid(
 ) -> list[dict]:                  # Configurations, no two the same
     "Configurations of all combinations that exist, seed by seed"
     found = {}
-    for s, l, k, lo, ki, m in ((s, l, k, lo, ki, m) for s in seeds for l in losses for k in samples for lo in loops for ki in kinds for m in methods):
-        if m.startswith("hessian") and l in ("relaxed_bf", "blackbox"): continue
-        c = path_config(l, m, s, samples=k, loop=lo, kind=ki, **config)
+    for seed, loss, k, loop, kind, method in itertools.product(seeds, losses, samples, loops, kinds, methods):
+        if method.startswith("hessian") and loss in ("relaxed_bf", "blackbox"): continue
+        c = path_config(loss, method, seed, samples=k, loop=loop, kind=kind, **config)
         found[tuple(map(str, c.values()))] = c
     return list(found.values())

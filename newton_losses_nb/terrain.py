@@ -83,10 +83,12 @@ def _check_zero_one(paths, name='Maps: paths'):
     _refuse(name, ~good, lambda i: f"must be 0 or 1, found {paths[i][~good[i]][0].item()}")
 
 def _check_index(index):
-    "A slice, a list or an index tensor, but no number: maps stay a batch"
-    if isinstance(index, (Integral, tuple)) or getattr(index, 'ndim', 1) == 0:
+    "A slice, or a list or tensor of indices in one dimension; no number, since maps stay a batch"
+    if isinstance(index, slice): return index
+    which = torch.as_tensor(index) if isinstance(index, (list, np.ndarray, Tensor)) else None
+    if which is None or which.ndim != 1 or which.is_floating_point() and len(which):
         raise ValueError(f"index: expected a slice or several indices, got {index!r}; for one map [i:i+1]")
-    return index
+    return which if len(which) else which.long()
 
 # %% ../nbs/12_terrain.ipynb #e9f9be18
 def _random_bytes(
