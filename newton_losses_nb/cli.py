@@ -126,24 +126,26 @@ def _whole(name, text):
     except ValueError: raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from None
 
 def _run(tasks, out, name, metrics):
-    "Run the tasks, and report each metric; the first in the folder `report`, the others in folders inside it"
+    "Run the tasks, and report each metric in a folder of its own"
     from newton_losses_nb.experiment import run_all
     if not tasks: raise ValueError("methods: none of the runs asked for exists (relaxed_bf and blackbox have no Hessian)")
     print(f"{len(tasks)} runs on {tasks[0].source}; results in {out}")
     runs = list(run_all(tasks, out, name))
-    for m in metrics: _report(runs, Path(out)/"report"/("" if m == metrics[0] else m), m)
+    for m in metrics: _report(runs, _place(out, m), m)
+
+def _place(folder, metric): return Path(folder)/"report"/("" if metric == "exact_match" else metric)
 
 # %% ../nbs/19_cli.ipynb #2eebd717
 def report(
     runs:str,                  # Folder of results, or a .jsonl file
     metric:str="exact_match",  # What to compare, such as exact_match or element_match
-    out:str=None,              # Folder for table and pictures; default: report, in the folder of results
+    out:str=None,              # Folder for table and pictures; default: report, in the folder of results (for another metric than exact_match, a folder in it)
 ):
     "Print the table of finished runs, and write it as Markdown and CSV, with pictures as PNG and SVG"
     _need_bench()
     from newton_losses_nb.records import read_runs
     folder = Path(runs) if Path(runs).is_dir() else Path(runs).parent
-    _report(read_runs(runs), Path(out) if out else folder/"report", metric)
+    _report(read_runs(runs), Path(out) if out else _place(folder, metric), metric)
 
 # %% ../nbs/19_cli.ipynb #5cee1ba9
 def _report(runs, out, metric):

@@ -10,19 +10,20 @@ __all__ = ['PATH_LOSSES', 'FLOOR', 'SIGMA', 'BETA', 'INTERPOLATION', 'PATH_LEARN
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from jaxtyping import Float
+from fastcore.basics import patch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from .curvature import check_finite
 from .experiment import CLIPPED, DAMPED, METHODS, PRECISIONS, Task
-from .models import PATH_NETWORKS, make_network
+from . import models
+from .models import PATH_NETWORKS
 from .shortest_path import (_T_CONORMS, cost_optimality, exact_path_match, path_cost, path_loss, regret,
                                             relaxed_bellman_ford, shortest_path)
 from .smoothing import BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss
-from .terrain import Maps
 
 # %% ../nbs/14_path_experiment.ipynb #85fbda2b
 PATH_LOSSES = ("fenchel_young", "smoothed_loss", "smoothed_algorithm", "relaxed_bf", "blackbox")
@@ -117,7 +118,7 @@ def _used(c):
         **{k: c[k] if loss == "relaxed_bf" else None for k in ("loop", "beta", "t_conorm")},
         lam=c["lam"] if c["method"] in DAMPED else None, max_norm=c["max_norm"] if c["method"] in CLIPPED else None)
 
-# %% ../nbs/14_path_experiment.ipynb #37c3148c
+# %% ../nbs/14_path_experiment.ipynb #1283efce
 class PathTask(Task):
     "Shortest paths on terrain: network, loss, maps and scores for one configuration"
     def __init__(
@@ -135,49 +136,58 @@ class PathTask(Task):
 
     def _generator(self, seed): return torch.Generator(self.device).manual_seed(seed)
 
-    def time(self, step): return {"step": step, "epoch": step*self.config["batch"]/self.config["train"]}
-
-    def make_network(self):
-        "The network at the start of training"
-        return make_network(self.config["network"], self.config["seed"], PATH_NETWORKS).to(self.device, self.dtype)
-
     @functools.cached_property
     def channels(self):
         "Mean and deviation of each channel, `(3, 1, 1)`"
         x = self.maps["train"].images[:500].to(self.dtype)
         return x.mean((0, 2, 3))[:, None, None], x.std((0, 2, 3))[:, None, None]
 
-    def pictures(self, images):
-        "Pictures as the network wants them"
-        mean, std = self.channels
-        return (images.to(self.dtype) - mean)/std
+    def time(self, step): return {"step": step, "epoch": step*self.config["batch"]/self.config["train"]}
 
-    def batches(self):
-        "Endless stream of training batches: pictures and the arguments of the loss"
-        maps, generator, batch = self.maps["train"], torch.Generator().manual_seed(self.config["seed"]), self.config["batch"]
-        while True:
-            order = torch.randperm(len(maps), generator=generator)
-            for i in order[:len(maps)//batch*batch].to(self.device).split(batch):
-                yield self.pictures(maps.images[i]), (maps.paths[i].to(self.dtype).flatten(1),)
+# %% ../nbs/14_path_experiment.ipynb #d8124b35
+@patch
+def make_network(self:PathTask) -> nn.Module:
+    "The network at the start of training"
+    return models.make_network(self.config["network"], self.config["seed"], PATH_NETWORKS).to(self.device, self.dtype)
 
-    def evaluation(self, split):
-        "All maps of a split: pictures, the arguments of the loss, true costs and paths"
-        m = self.maps[split]
-        return self.pictures(m.images), (m.paths.to(self.dtype).flatten(1),), (m.costs, m.paths)
+@patch
+def pictures(self:PathTask, images:UInt8[Tensor, "N 3 h w"]) -> Float[Tensor, "N 3 h w"]:
+    "Pictures as the network wants them"
+    mean, std = self.channels
+    return (images.to(self.dtype) - mean)/std
 
-    def true_loss(self, y, *targets):
-        "The loss under noise of its own"
-        return path_loss_fn(self.config, self.grid, self._generator(2**40))(y, *targets)
+@patch
+def batches(self:PathTask) -> Iterator[tuple]:
+    "Endless stream of training batches: pictures and the arguments of the loss"
+    maps, generator, batch = self.maps["train"], torch.Generator().manual_seed(self.config["seed"]), self.config["batch"]
+    while True:
+        order = torch.randperm(len(maps), generator=generator)
+        for i in order[:len(maps)//batch*batch].to(self.device).split(batch):
+            yield self.pictures(maps.images[i]), (maps.paths[i].to(self.dtype).flatten(1),)
 
-    def negative_eigenvalues(self, y, *targets): return None
+# %% ../nbs/14_path_experiment.ipynb #37c3148c
+@patch
+def evaluation(self:PathTask, split:str) -> tuple:
+    "All maps of a split: pictures, the arguments of the loss, true costs and paths"
+    m = self.maps[split]
+    return self.pictures(m.images), (m.paths.to(self.dtype).flatten(1),), (m.costs, m.paths)
 
-    def scores(self, y, labels):
-        "What is reported of outputs, one value per map each"
-        check_finite("the network's costs", y)
-        costs, paths = labels
-        path = flat_shortest_path(y.to(costs.dtype), self.grid).unflatten(-1, self.grid)
-        return {"exact_match": exact_path_match(path, paths), "cost_optimality": cost_optimality(costs, path),
-                "relative_regret": regret(costs, path)/path_cost(costs, paths)}
+@patch
+def true_loss(self:PathTask, y:Tensor, *targets) -> Float[Tensor, "N"]:
+    "The loss under noise of its own"
+    return path_loss_fn(self.config, self.grid, self._generator(2**40))(y, *targets)
+
+@patch
+def negative_eigenvalues(self:PathTask, y, *targets): return None
+
+@patch
+def scores(self:PathTask, y:Float[Tensor, "N m"], labels:tuple) -> dict:
+    "What is reported of outputs, one value per map each"
+    check_finite("the network's costs", y)
+    costs, paths = labels
+    path = flat_shortest_path(y.to(costs.dtype), self.grid).unflatten(-1, self.grid)
+    return {"exact_match": exact_path_match(path, paths), "cost_optimality": cost_optimality(costs, path),
+            "relative_regret": regret(costs, path)/path_cost(costs, paths)}
 
 # %% ../nbs/14_path_experiment.ipynb #a16a8972
 def path_grid(
