@@ -157,10 +157,10 @@ def is_valid_path(
     "Whether cells lead from the top left to the bottom right corner, in one piece and without dead ends"
     _check_grid("path", path, floating=False)
     H, W = path.shape[-2:]
-    grid = path.detach().reshape(-1, H, W).permute(1, 2, 0)
+    grid = path.detach().reshape(-1, H, W).permute(1, 2, 0).contiguous()
     on = grid == 1
-    border = F.pad(on, (0, 0, 1, 1, 1, 1))
-    touches = torch.stack([_shift(border, *o) for o in _NEIGHBOURS]).sum(0)
+    border = F.pad(on.to(torch.int8), (0, 0, 1, 1, 1, 1))
+    touches = sum(_shift(border, *o) for o in _NEIGHBOURS)
     touches[0, 0] += 1; touches[-1, -1] += 1
     reached = _distances(torch.where(on, 1., torch.inf))[1:-1, 1:-1].isfinite()
     good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
