@@ -54,7 +54,7 @@ def path_loss_fn(
     return lambda y, w: compare(relaxed(y.unflatten(-1, grid)).flatten(-2), w)
 
 # %% ../nbs/14_path_experiment.ipynb #6d590b69
-SIGMA = {"fenchel_young": 0.1, "smoothed_loss": 0.2, "smoothed_algorithm": 0.5}
+SIGMA = {"fenchel_young": 0.1, "smoothed_loss": 0.2, "smoothed_algorithm": 0.2}
 BETA, INTERPOLATION = 3., 20.
 PATH_LEARNING_RATES = {"resnet18": 5e-4, "small": 3e-3}
 
