@@ -81,10 +81,10 @@ def bench_paths(
     samples:str="10",       # Noisy copies of each map, with commas: 3,10,30
     loops:str="for",        # Loops of relaxed_bf, with commas: for,while
     kinds:str="l2",         # Differences of soft paths, with commas: l1,l2
-    epochs:int=4,           # Passes through the training maps
+    epochs:int=3,           # Passes through the training maps
     batch:int=50,           # Maps in a step
     lr:float=None,          # Learning rate of Adam; default: one that suits the network
-    lam:str="auto",         # Damping λ: a number or auto
+    lam:str="100",          # Damping λ: a number or auto
     max_norm:float=1.,      # Largest gradient norm for clip and clip_grad
     sigma:float=None,       # Size of the noise; default: one that suits each loss
     beta:float=None,        # Inverse temperature of relaxed_bf; default: one that suits

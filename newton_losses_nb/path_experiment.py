@@ -73,7 +73,7 @@ def path_config(
     epochs:int=8,                  # Passes through the training maps
     batch:int=50,                  # Maps in a step
     lr:float|None=None,            # Learning rate of Adam; None: from `PATH_LEARNING_RATES`
-    lam:float|str="auto",          # Damping λ of the Newton losses and the scalar step
+    lam:float|str=100.,            # Damping λ of the Newton losses and the scalar step
     max_norm:float=1.,             # Largest norm for "clip" (a sample's gradient) and "clip_grad" (the parameters')
     network:str="small",           # A key of `PATH_NETWORKS`
     train:int=2000,                # Training maps
