@@ -108,8 +108,7 @@ def shortest_path(
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
     _check_cost(cost)
     H, W = cost.shape[-2:]
-    wide = cost.detach().to(torch.promote_types(cost.dtype, torch.float32)).reshape(-1, H, W)
-    parts = [_solve(c) for c in wide.split(max(1, 2**16//(H*W)))]
+    parts = [_solve(c) for c in _wide(cost.detach()).reshape(-1, H, W).split(max(1, 2**16//(H*W)))]
     return torch.cat(parts).reshape(cost.shape).to(cost.dtype)
 
 def _solve(cost):
@@ -123,6 +122,8 @@ def _check_grid(name, x, floating=True):
     if not isinstance(x, Tensor) or floating and not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.ndim < 2 or 0 in x.shape[-2:]: raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
+
+def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def _check_cost(cost):
     _check_grid("cost", cost)
@@ -147,8 +148,6 @@ def exact_path_match(
     "Whether two paths are the same"
     _same_shape("path", path, "target", target)
     return (_wide(path) - _wide(target)).abs().sum((-2, -1)) < 0.5
-
-def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/10_shortest_path.ipynb #9b21b99a
 def is_valid_path(
