@@ -70,7 +70,7 @@ def backward_rows(
     G:Float[Tensor, "N m"],      # Gradients with their graph
     y:Float[Tensor, "N m"],      # What they were taken for
     rows:Float[Tensor, "K N m"], # Stack of matrices to send back through `G`
-) -> Float[Tensor, "K N m"]:     # For each, what arrives at `y`; zeros where the gradient does not depend on `y`
+) -> Float[Tensor, "K N m"]|None: # For each, what arrives at `y`; None where autograd sees no dependence on `y`
     "Several backward passes through a gradient, at once where torch can and else one after the other"
     def back(v, batched): return torch.autograd.grad(G, y, v, retain_graph=True, is_grads_batched=batched, allow_unused=True)[0]
     try: H = back(rows, True)
@@ -79,18 +79,18 @@ def backward_rows(
         if "double backward" in str(e): raise ValueError("loss_fn: expected a loss that can be differentiated twice, got one from torch.compile, "
             "whose gradient cannot be; give the function as it was before compiling, or use curvature='fisher'") from e
         H = [back(v, False) for v in rows]
-    if H is None or isinstance(H, list) and H[0] is None: return torch.zeros_like(rows)
-    return torch.stack(H) if isinstance(H, list) else H
+    if isinstance(H, list): H = None if H[0] is None else torch.stack(H)
+    return H
 
 # %% ../nbs/01_curvature.ipynb #fd5cab01
 def _order_two(
     G:Float[Tensor, "N m"], # Per-sample gradients with their graph
     y:Float[Tensor, "N m"], # What they were taken for
-) -> Float[Tensor, "N m m"]:
-    "Hessian of each sample from one vectorised backward pass through the gradient"
+) -> Float[Tensor, "N m m"]|None:
+    "Hessian of each sample from one vectorised backward pass through the gradient; None where autograd sees no dependence on `y`"
     n, m = y.shape
-    if not G.requires_grad: return y.new_zeros(n, m, m)
-    return backward_rows(G, y, torch.eye(m, dtype=G.dtype, device=G.device)[:, None].expand(m, n, m)).transpose(0, 1)
+    H = backward_rows(G, y, torch.eye(m, dtype=G.dtype, device=G.device)[:, None].expand(m, n, m)) if G.requires_grad else None
+    return None if H is None else H.transpose(0, 1)
 
 # %% ../nbs/01_curvature.ipynb #44d83543
 def derivatives(
@@ -116,7 +116,11 @@ def derivatives(
 # %% ../nbs/01_curvature.ipynb #c2b00c8f
 def _autograd_derivatives(loss_fn, y, args, hessian, check, finite):
     loss, G, y = _gradient_graph(loss_fn, y, args, hessian, check, finite)
-    return loss, G, _order_two(G, y) if hessian else None
+    H = _order_two(G, y) if hessian else None
+    if hessian and H is None:
+        _check_linear(loss_fn, y, args, G)
+        H = y.new_zeros(*y.shape, y.shape[1])
+    return loss, G, H
 
 def _gradient_graph(loss_fn, y, args, again, check=True, finite=True):
     "Losses, gradients and the copy of `y` they were taken for; the gradients can be differentiated `again`"
@@ -127,7 +131,6 @@ def _gradient_graph(loss_fn, y, args, again, check=True, finite=True):
     G, = torch.autograd.grad(loss.sum(), y, create_graph=again, retain_graph=again or check, allow_unused=True)
     if G is None: raise ValueError("loss_fn: expected values that depend on y, got values that depend on something else only")
     if check: _check_independent(loss, G, y)
-    if again and not G.requires_grad: _check_linear(loss_fn, y, args, G)
     return loss, G, y
 
 @contextlib.contextmanager
@@ -137,7 +140,7 @@ def _recording(y, args):
     with torch.inference_mode(False), torch.enable_grad(): yield usable(y).detach(), tuple(map(usable, args))
 
 def _check_linear(loss_fn, y, args, G):
-    "A gradient without a graph is constant; if it changes with y, the loss hides its second derivative"
+    "A gradient that autograd takes for constant is compared with one nearby; if it changes, the loss hides its second derivative"
     moved = (y + 1e-3*(1 + y.abs())).detach().requires_grad_()
     G2, = torch.autograd.grad(loss_fn(moved, *args).sum(), moved)
     if (G2 - G).abs().amax() > 1e-5*G.abs().amax(): raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .curvature import _gradient_graph, _recording, backward_rows, check_finite
+from .curvature import _check_linear, _gradient_graph, _recording, backward_rows, check_finite
 
 # %% ../nbs/01c_large.ipynb #f81dd3e1
 class HessianProducts:
@@ -29,13 +29,18 @@ class HessianProducts:
     ):
         with _recording(y, args) as (y, args): loss, self._G, self._y = _gradient_graph(loss_fn, y, args, True, check, finite)
         self.loss, self.G, self.budget = loss.detach(), self._G.detach(), budget
+        if self._back(self.G[None].detach()) is None:
+            with _recording(y, args) as (y, args): _check_linear(loss_fn, y, args, self.G)
+            self._G = self.G
         if finite: check_finite("gradient of loss_fn", self.G)
+
+    def _back(self, V): return backward_rows(self._G, self._y, V) if self._G.requires_grad else None
 
     def own(self, V:Float[Tensor, "K N m"]) -> Float[Tensor, "K N m"]:
         "Rows H_i V_i: each sample's Hessian times a vector of its own"
         if not self._G.requires_grad: return torch.zeros_like(V)
         size = max(1, self.budget//self._y.numel())
-        return torch.cat([backward_rows(self._G, self._y, v) for v in V.to(self._y.dtype).split(size)])
+        return torch.cat([self._back(v) for v in V.to(self._y.dtype).split(size)])
 
     def total(self, V:Float[Tensor, "K m"], taken:Bool[Tensor, "N"]|None=None) -> Float[Tensor, "K m"]:
         "Rows Σ_i H_i V_k: the sum of the Hessians of all samples, or of those `taken`, times each vector"
