@@ -103,8 +103,9 @@ def _look(self:OutputLoss, y, mask, args, check):
     if not len(y): return _Look(y.new_zeros(0), y.detach(), y.new_zeros(0, dtype=torch.bool))
     y, args = _compute_precision(y, args)
     sound = self._sound(y, mask)
-    if not sound.all(): y = torch.where(sound[:, None], y, 0)
+    if sound is not None and not sound.all(): y = torch.where(sound[:, None], y, 0)
     with torch.autocast(y.device.type, enabled=False): loss, G, H, whole = self._derivatives(y, mask, args, check, sound)
+    if sound is None: return _Look(loss, G, loss.new_ones(len(y), dtype=torch.bool) if mask is None else mask.any(1), H)
     usable = sound & loss.isfinite() & G.isfinite().all(1)
     broken = self.on_nonfinite == "gradient" and bool((usable & ~whole).any())
     usable = usable & (whole | broken)
@@ -115,8 +116,8 @@ def _look(self:OutputLoss, y, mask, args, check):
 # %% ../nbs/01f_output_loss.ipynb #18ae05e3
 @patch
 def _sound(self:OutputLoss, y, mask):
-    "Which samples have finite outputs"
-    if self.on_nonfinite == "raise": check_finite("y", y if mask is None else y[mask])
+    "Which samples have finite outputs; None where anything else is an error"
+    if self.on_nonfinite == "raise": return None
     return (y.isfinite() if mask is None else y.isfinite() | ~mask).all(1)
 
 @patch
@@ -148,7 +149,8 @@ def _evaluate(self:OutputLoss, y, mask, args):
     finite = self.on_nonfinite == "raise"
     with torch.autocast(y.device.type, enabled=False):
         loss = sample_losses(self.loss_fn, y, *args, finite=finite) if mask is None else ragged_losses(self.loss_fn, y, mask, *args, finite=finite)
-    taken = self._sound(y, mask) & loss.isfinite()
+    if finite: check_finite("y", y if mask is None else y[mask])
+    taken = loss.isfinite() if finite else loss.isfinite() & self._sound(y, mask)
     return _mean(loss, taken if mask is None else taken & mask.any(1))
 
 # %% ../nbs/01f_output_loss.ipynb #b592a379
