@@ -6,7 +6,9 @@
 __all__ = ['BENCHES', 'bench_sorting', 'bench_paths', 'report', 'nl_bench', 'nl_report']
 
 # %% ../nbs/19_cli.ipynb #be6f12e7
+import contextlib
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -60,6 +62,11 @@ def bench_sorting(
     eval_every:int=100,     # Steps between evaluations
     eval_sets:int=1000,     # Validation sets, and test sets
     out:str="runs/sorting", # Folder of results; a repeated command skips what is finished there
+    engine:str="local",     # local (one run after another) or ray (as many at a time as a Ray cluster can)
+    address:str=None,       # Ray cluster: auto or host:port; default: started on this machine
+    jobs:int=None,          # Runs at a time on a Ray cluster of this machine; default: one for each core
+    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster, with --device cuda
+    timeout:float=10.,      # Minutes to wait for another process, under torchrun
 ):
     "Train networks to sort images of four-digit numbers, with each relaxation, method and seed; then report"
     _need_bench()
@@ -69,9 +76,10 @@ def bench_sorting(
     configs = sorting_grid(_names(relaxations), _names(methods), _seeds(seeds), n=n, steps=steps, batch=batch, lr=lr, lam=_lam(lam),
                            max_norm=max_norm, tau=tau, steepness=steepness, comparators=comparators, loss=loss, network=network,
                            device=device, precision=precision, eval_every=eval_every, eval_sets=eval_sets)
-    digits = load_digits(data, data_dir)
+    team, cluster = _workers(device, engine, timeout, address, jobs, gpus)
+    digits = team.in_turn(lambda: load_digits(data, data_dir))
     if threads or network == "small": torch.set_num_threads(threads or 1)
-    _run([SortingTask(c, digits) for c in configs], out, "sorting", ("exact_match",))
+    _run(SortingTask, configs, digits, out, "sorting", ("exact_match",), team, cluster)
 
 # %% ../nbs/19_cli.ipynb #84e0ceb7
 def bench_paths(
@@ -103,6 +111,11 @@ def bench_paths(
     precision:str="float32", # float32, tf32, bf16 or float64
     eval_every:int=None,    # Steps between evaluations; default: one epoch
     out:str="runs/paths",   # Folder of results; a repeated command skips what is finished there
+    engine:str="local",     # local (one run after another) or ray (as many at a time as a Ray cluster can)
+    address:str=None,       # Ray cluster: auto or host:port; default: started on this machine
+    jobs:int=None,          # Runs at a time on a Ray cluster of this machine; default: one for each core
+    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster, with --device cuda
+    timeout:float=10.,      # Minutes to wait for another process, under torchrun
 ):
     "Train networks to see what terrain costs, from shortest paths alone, with each loss, method and seed; then report"
     _need_bench()
@@ -115,22 +128,39 @@ def bench_paths(
     counts = lambda k: [_whole("samples", o) for o in _names(k)]
     def grid(**sizes): return path_grid(_names(losses), _names(methods), _seeds(seeds), counts(samples), _names(loops), _names(kinds), **config, **sizes)
     grid(train=train, valid=valid, test=test)
-    maps = load_maps(data, data_dir, train, valid, test, size, data_seed)
+    team, cluster = _workers(device, engine, timeout, address, jobs, gpus)
+    maps = team.in_turn(lambda: load_maps(data, data_dir, train, valid, test, size, data_seed))
     if threads or network == "small": torch.set_num_threads(threads or 1)
-    maps = {k: m.to(device) for k, m in maps.items()}
-    _run([PathTask(c, maps) for c in grid(**{k: len(m) for k, m in maps.items()})], out, "paths", ("exact_match", "cost_optimality"))
+    if not cluster: maps = {k: m.to(device) for k, m in maps.items()}
+    _run(PathTask, grid(**{k: len(m) for k, m in maps.items()}), maps, out, "paths", ("exact_match", "cost_optimality"), team, cluster)
 
 # %% ../nbs/19_cli.ipynb #a3074fce
 def _whole(name, text):
     try: return int(text)
     except ValueError: raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from None
 
-def _run(tasks, out, name, metrics):
-    "Run the tasks, and report each metric in a folder of its own"
-    from newton_losses_nb.experiment import run_all
-    if not tasks: raise ValueError("methods: none of the runs asked for exists (relaxed_bf and blackbox have no Hessian)")
+def _workers(device, engine, timeout, address, jobs, gpus):
+    "The processes that share each run; how to run on a Ray cluster, or None"
+    from newton_losses_nb.processes import _check_ray, join_processes, ray_cluster, ray_engine
+    if engine not in ("local", "ray"): raise ValueError(f"engine: expected local or ray, got {engine!r}")
+    if engine == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1: raise ValueError("engine: expected local under torchrun, got 'ray'")
+    if engine == "local" and (address or jobs): raise ValueError("engine: expected ray with an address or a number of jobs, got 'local'")
+    if engine == "ray": _check_ray(address, jobs, gpus)
+    cluster = lambda tasks, bar: ray_engine(tasks, bar, lambda: ray_cluster(address, jobs), gpus)
+    return join_processes(device, timeout), cluster if engine == "ray" else None
+
+def _run(kind, configs, data, out, name, metrics, team, cluster):
+    "Run a grid, and report each metric in a folder of its own"
+    from newton_losses_nb.experiment import one_by_one, run_all
+    from newton_losses_nb.processes import Job, leave_processes
+    if not configs: raise ValueError("methods: none of the runs asked for exists (relaxed_bf and blackbox have no Hessian)")
+    tasks = [Job(kind, c, data) if cluster else kind(c, data) for c in configs]
+    if team.rank:
+        team.follow(tasks)
+        return leave_processes()
     print(f"{len(tasks)} runs on {tasks[0].source}; results in {out}")
-    runs = list(run_all(tasks, out, name))
+    runs = list(run_all(tasks, out, name, engine=cluster or (team.lead if team.size > 1 else one_by_one)))
+    leave_processes()
     for m in metrics: _report(runs, _place(out, m), m)
 
 def _place(folder, metric): return Path(folder)/"report"/("" if metric == "exact_match" else metric)
@@ -171,9 +201,14 @@ def _call(func, prog, argv):
     args = vars(_parser(func, prog).parse_args(argv))
     for k in ("pdb", "xtra"): args.pop(k, None)
     try: func(**args)
-    except (ValueError, OSError, ImportError) as e: print(f"{prog}: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print(f"\n{prog}: interrupted; finished runs are kept, repeat the command to go on", file=sys.stderr); return 130
+    except (ValueError, OSError, ImportError) as e: _complain(f"{prog}: {e}"); return 2
+    except KeyboardInterrupt: _complain(f"\n{prog}: interrupted; finished runs are kept, repeat the command to go on", joined=False); return 130
     return 0
+
+def _complain(text, joined=True):
+    "Write to stderr; of several processes only the first, unless they are joined and each may have trouble of its own"
+    dist = sys.modules.get("torch.distributed")
+    if os.environ.get("RANK", "0") == "0" or joined and dist and dist.is_initialized(): print(text, file=sys.stderr)
 
 # %% ../nbs/19_cli.ipynb #e70f13df
 BENCHES = {"sorting": bench_sorting, "paths": bench_paths}
@@ -196,3 +231,6 @@ def nl_report(
 ) -> int:                # Exit code
     "Show results: `nl_report --help` explains its options"
     return _call(report, "nl_report", sys.argv[1:] if argv is None else argv)
+
+# %% ../nbs/19_cli.ipynb #a296af42
+if __name__ == "__main__" and __package__: sys.exit(nl_bench())

@@ -23,7 +23,7 @@ from . import models
 from .models import PATH_NETWORKS
 from .shortest_path import (_T_CONORMS, cost_optimality, exact_path_match, path_cost, path_loss, regret,
                                             relaxed_bellman_ford, shortest_path)
-from .smoothing import BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss
+from .smoothing import BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, draw_noise
 
 # %% ../nbs/14_path_experiment.ipynb #85fbda2b
 PATH_LOSSES = ("fenchel_young", "smoothed_loss", "smoothed_algorithm", "relaxed_bf", "blackbox")
@@ -164,6 +164,15 @@ def batches(self:PathTask) -> Iterator[tuple]:
         order = torch.randperm(len(maps), generator=generator)
         for i in order[:len(maps)//batch*batch].to(self.device).split(batch):
             yield self.pictures(maps.images[i]), (maps.paths[i].to(self.dtype).flatten(1),)
+
+# %% ../nbs/14_path_experiment.ipynb #b2aaac20
+@patch
+def part(self:PathTask, x:Tensor, targets:tuple, mine:slice) -> tuple:
+    "The samples `mine` of a training batch; their loss gets the noise that it would have in the whole batch"
+    if self.config["loss"] in SIGMA:
+        settings = self.loss_fn.settings
+        settings["noise"] = draw_noise(targets[0], settings["n_samples"], generator=settings["generator"])[mine]
+    return super(PathTask, self).part(x, targets, mine)
 
 # %% ../nbs/14_path_experiment.ipynb #37c3148c
 @patch

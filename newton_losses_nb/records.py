@@ -48,14 +48,15 @@ def _processor():
 # %% ../nbs/06_records.ipynb #254cdeea
 def environment(
     device:str|torch.device='cpu', # Where the runs are trained
-) -> dict:                         # `device_name`, `versions`, `git_commit`, `command`
+    processes:int=1,               # Processes that share a run
+) -> dict:                         # `device_name`, `processes`, `versions`, `git_commit`, `command`
     "The circumstances that a record names"
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f"{_processor()}, {torch.get_num_threads()} threads"
     versions = {'torch': torch.__version__, 'python': platform.python_version(), 'newton_losses_nb': __version__}
     if device.type == 'cuda': versions['cuda'] = torch.version.cuda
     command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(device_name=name, versions=versions, git_commit=_git_commit(), command=command)
+    return dict(device_name=name, processes=processes, versions=versions, git_commit=_git_commit(), command=command)
 
 # %% ../nbs/06_records.ipynb #b834fd81
 def _plain(x):
