@@ -234,10 +234,10 @@ class Job:
     def key(self): return run_key(self.config, self.source)
 
 # %% ../nbs/17_processes.ipynb #d4b948fc
-_RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_raylet_start_wait_time_s": "120"}
+_RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 def _ray():
-    "The package, patient, quiet and without reports to its makers"
+    "The package, quiet and without reports to its makers"
     for k, v in _RAY_SETTINGS.items(): os.environ.setdefault(k, v)
     return importlib.import_module("ray")
 
@@ -257,6 +257,16 @@ def _probe(address, seconds):
                                               "(if the cluster wants a token, RAY_AUTH_MODE=token sends it)")
 
 # %% ../nbs/17_processes.ipynb #7e0e61bf
+def _start(ray, where, tries=3):
+    "Join or start a cluster"
+    for left in reversed(range(tries)):
+        try: return ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        except Exception as e:
+            ray.shutdown()
+            if left and "timed out during startup" in str(e): continue
+            raise ConnectionError(f"engine: Ray did not start: {str(e).splitlines()[0]}") from e
+
+# %% ../nbs/17_processes.ipynb #1bdbd018
 @contextlib.contextmanager
 def ray_cluster(
     address:str|None=None,  # "auto" or host:port of a running cluster; None: start one on this machine
@@ -269,8 +279,7 @@ def ray_cluster(
     if ray.is_initialized(): yield ray; return
     if address: _probe(address, seconds)
     where = {"address": address} if address else {"address": "local", "num_cpus": jobs or os.cpu_count(), "include_dashboard": False}
-    try: ray.init(**where, log_to_driver=False, logging_level="ERROR")
-    except Exception as e: raise ConnectionError(f"engine: Ray did not start: {str(e).splitlines()[0]}") from e
+    _start(ray, where)
     try: yield ray
     finally: ray.shutdown()
 

@@ -15,7 +15,7 @@ import torch
 
 from newton_losses_nb.data import load_digits
 from newton_losses_nb.experiment import SortingTask, run_record
-from newton_losses_nb.processes import Team, join_processes, my_part, ray_cluster
+from newton_losses_nb.processes import Team, _start, join_processes, my_part, ray_cluster
 from newton_losses_nb.records import read_runs
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -240,6 +240,20 @@ def test_ray_without_cluster(tmp_path):
     with pytest.raises(ConnectionError, match="no Ray cluster answered at '127.0.0.1:1' within 6 s"), ray_cluster("127.0.0.1:1", seconds=6): pass
     for jobs in (2, 0, -1):
         with pytest.raises(ValueError, match="jobs: expected"), ray_cluster("auto" if jobs > 0 else None, jobs=jobs): pass
+
+def test_ray_starts_again():
+    "Ray gives up after 15 s on a busy machine; that is worth another try, other errors are not"
+    class Busy:
+        def __init__(self, errors): self.errors, self.ended = errors, 0
+        def init(self, **kw):
+            if self.errors: raise self.errors.pop(0)
+            return "started"
+        def shutdown(self): self.ended += 1
+    slow = Exception("The current node timed out during startup. This could happen")
+    busy = Busy([slow, slow])
+    assert _start(busy, {}) == "started" and busy.ended == 2
+    with pytest.raises(ConnectionError, match="engine: Ray did not start: The current node timed out"): _start(Busy([slow]*3), {})
+    with pytest.raises(ConnectionError, match="engine: Ray did not start: no disk"): _start(Busy([OSError("no disk")]), {})
 
 RAY = '''
 import functools, os, sys, time
