@@ -52,7 +52,7 @@ class HessianProducts:
 class CGResult(NamedTuple):
     "What `conjugate_gradient` found, for each right-hand side"
     x: Float[Tensor, "K m"]         # Solutions
-    residual: Float[Tensor, "K"]    # Relative residuals ‖b − Ax‖/‖b‖ at the end
+    residual: Float[Tensor, "K"]    # Relative residuals ‖b − Ax‖/‖b‖, as the iteration keeps count of them
     negative: Bool[Tensor, "K"]     # Stopped at a direction of negative curvature?
     iterations: int                 # Products that were asked for
 
@@ -87,7 +87,7 @@ def conjugate_gradient(
 # %% ../nbs/01c_large.ipynb #5563fff8
 def _along(b, curvature, lam):
     "Step along the gradient itself, whose curvature is not positive"
-    return b/torch.maximum(curvature.abs()[:, None], lam).clamp_min(torch.finfo(b.dtype).tiny)
+    return b/((curvature[:, None] - lam).abs() + lam).clamp_min(torch.finfo(b.dtype).tiny)
 
 def _check_limits(tol, max_iter):
     if not 0 <= tol < 1: raise ValueError(f"tol: expected a relative residual, at least 0 and below 1, got {tol!r}")

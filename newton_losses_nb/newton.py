@@ -22,7 +22,7 @@ from .output_loss import (
     ClippedLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, _check_call, _check_choice, _in_one, _no_forward_mode,
     _OnceOnly, _spread_out, clip_per_sample, normalize_rms, scalar_step)
 from .pooling import Evidence, MovingAverage, Processes, Window
-from .ragged import column_scale, ragged_solve
+from .ragged import _patterns, column_scale, ragged_fisher_solve, ragged_solve, sets_of_equal_size
 from .solve import SingularError, _SPECTRA, _damping, auto_damping, damped_solve, fisher_solve
 
 # %% ../nbs/02_newton.ipynb #8fa4c632
@@ -40,14 +40,14 @@ class NewtonLoss(OutputLoss):
         average:str="batch",            # Curvature: "batch" mean (the paper's) or each "sample"'s own
         eigenvalues:str="raw",          # Negative eigenvalues of a Hessian: "raw", "abs" or "clip"
         value:str="loss",               # What the scalar is: the original mean "loss", or "newton", the paper's ½‖z* − y‖²
-        chunk_size:int|None=None,       # Samples whose Hessians are held at a time
+        chunk_size:int|None=None,       # Samples whose Hessians are computed at a time
         check:bool=True,                # Verify at the first call that samples are independent?
         solver:str="direct",            # "direct", "cg" (products with a vector only) or "diagonal" (of the curvature)
         tol:float=1e-5,                 # "cg": relative residual to reach
         max_iter:int=100,               # "cg": most iterations
-        probes:int|None=None,           # "diagonal" of a Hessian: random vectors for an estimate; None: exact
-        ema:float|None=None,            # Decay of an exponential moving average of the curvature over batches
-        window:int|None=None,           # Number of batches, the present one included, to average the curvature over
+        probes:int|None=None,           # "diagonal" of a Hessian: random vectors (the same at each step) for an estimate; None: exact, m products
+        ema:float|None=None,            # Decay of an exponential moving average of the curvature over batches, kept as one (m, m) matrix
+        window:int|None=None,           # Number of batches, the present one included, to average over; for a Fisher of any m
         on_nonfinite:str="raise",       # What NaN, infinity or a singular C + λI does: "raise", "skip" or "gradient"
         group="auto",                   # Processes that share the batch: "auto", a process group, or None for this one alone
     ):
@@ -73,6 +73,9 @@ def _check_settings(s):
     if isinstance(s.lam, str): _check_choice("lam", s.lam, ("auto",))
     elif not callable(s.lam): _damping(s.lam, torch.zeros(1, 1))
     _check_limits(s.tol, s.max_iter)
+    for name in ("probes", "chunk_size"):
+        value = getattr(s, name)
+        if value is not None and (not isinstance(value, int) or value < 1): raise ValueError(f"{name}: expected at least 1 or None, got {value!r}")
     past = [k for k in ("ema", "window") if getattr(s, k) is not None]
     if len(past) == 2: raise ValueError(f"window: expected either ema or window, got both, {s.ema!r} and {s.window!r}")
     if past and s.average == "sample": raise ValueError(f"{past[0]}: expected average='batch' with it, got average='sample'")
@@ -84,20 +87,36 @@ def _check_settings(s):
 @patch
 def _derivatives(self:NewtonLoss, y, mask, args, check, sound):
     strict = dict(check=check, finite=self.on_nonfinite == "raise")
+    if mask is not None and self._shared is not None: raise ValueError("mask: expected no mask within `accumulated`")
+    if mask is not None and self.solver == "cg" and self.curvature == "hessian":
+        raise ValueError("mask: expected solver='direct' or 'diagonal' with padded sets, got solver='cg'")
     if self.curvature == "fisher": return super(NewtonLoss, self)._derivatives(y, mask, args, check, sound)
     if self.solver != "direct" and mask is None:
         products = HessianProducts(self.loss_fn, y, *args, **strict)
-        if self.solver == "cg": return products.loss, products.G, products, sound
+        if self.solver == "cg": return products.loss, products.G, products, None if sound is None else _finite_products(products)
         return products.loss, products.G, *_usable(hessian_diagonal(products, self.probes), strict["finite"])
+    if mask is not None and self.solver == "diagonal": return _ragged_diagonals(self, y, mask, args, strict)
     if mask is not None or self.average == "sample":
         loss, G, H = _in_one(self.loss_fn, y, mask, args, True, self.chunk_size, **strict)
-        return loss, G, *_usable(H if self.solver == "direct" else H.diagonal(dim1=1, dim2=2), strict["finite"])
+        return loss, G, *_usable(H, strict["finite"])
     parts = derivatives_in_chunks(self.loss_fn, y, *args, chunk_size=self.chunk_size, **strict)
     chunks = [None]*len(y) if sound is None else sound.split(self.chunk_size or len(y))
     loss, G, H, whole = zip(*(_summed(*p, s) for p, s in zip(parts, chunks)))
     return torch.cat(loss), torch.cat(G), sum(H), None if sound is None else torch.cat(whole)
 
 # %% ../nbs/02_newton.ipynb #5f63d1b2
+def _finite_products(products):
+    "Which samples have a finite Hessian, as far as its product with a vector of random signs tells"
+    return products.own(random_signs(products.G.shape, products.G)[None])[0].isfinite().all(1)
+
+def _ragged_diagonals(self, y, mask, args, strict):
+    "Losses, gradients and diagonals of padded sets"
+    loss, (G, H) = y.new_zeros(len(y)), y.new_zeros(2, *y.shape)
+    for i, part, more in sets_of_equal_size(y, mask, args):
+        products, places = HessianProducts(self.loss_fn, part, *more, **strict), mask[i].nonzero()[:, 1].view(len(i), -1)
+        loss[i], G[i[:, None], places], H[i[:, None], places] = products.loss.to(y.dtype), products.G, hessian_diagonal(products, self.probes)
+    return loss, G, *_usable(H, strict["finite"])
+
 def _usable(H, finite):
     "Second derivatives, and which samples have finite ones; None where anything else is an error"
     if finite: check_finite("Hessian of loss_fn", H); return H, None
@@ -127,19 +146,28 @@ def _evidence(self:NewtonLoss, look, counts, n):
 def _directions(self:NewtonLoss, look, mask, n, processes):
     if self.average == "sample": return processes.together(lambda: _own_directions(self, look, mask))
     if self.solver == "cg" and self.curvature == "hessian": return _cg_directions(self, look, mask, n, processes)
+    if self._shared == "gradient": return look.G
     counts = None if mask is None else processes.sum(mask[look.taken].sum(0))
-    pooled, mine = self._shared or processes.share(self._evidence(look, counts, n))
-    if self.history is not None and self._shared is None:
-        before, pooled = len(pooled.rows), self.history(pooled, remember=self.training)
-        mine = slice(*(i + len(pooled.rows) - before for i in mine.indices(before)[:2]))
+    pooled, mine = (self._shared, None) if self._shared is not None else processes.share(self._evidence(look, counts, n))
+    if self.history is not None and self._shared is None: pooled, mine = self._remembered(pooled, mine)
     G = look.G[look.taken]
     D = _solve(self, pooled, G, mine) if mask is None else _masked_solve(self, pooled, G, mask[look.taken], counts > 0)
     return _spread_out(D, look)
 
+
+@patch
+def _remembered(self:NewtonLoss, pooled, mine=None):
+    "Evidence with that of the past, and where the rows of the present now stand in it, if they are still there"
+    if torch._C._current_graph_task_id() != -1 and self.training: raise RuntimeError(
+        "a Newton loss with ema or window cannot be recomputed by torch.utils.checkpoint, since it would remember the batch twice; checkpoint the network only")
+    before, pooled = len(pooled.rows), self.history(pooled, remember=self.training and (self._trains or mine is None))
+    if mine is None or isinstance(self.history, MovingAverage): return pooled, None
+    return pooled, slice(*(i + len(pooled.rows) - before for i in mine.indices(before)[:2]))
+
 # %% ../nbs/02_newton.ipynb #8ed69432
 def _solve(self, pooled, G, mine):
     "Directions of the gradients `G`, which are the rows `mine` of the pooled ones"
-    C, rule = None if pooled.total is None else pooled.mean.double(), _damping_rule(self, pooled)
+    C, rule = None if pooled.total is None else pooled.mean, _damping_rule(self, pooled)
     if self.solver == "diagonal": return _diagonal_solve(self, C, G, rule)
     if C is not None: return damped_solve(C, G, rule, self.eigenvalues)
     if self.solver == "cg":
@@ -149,12 +177,11 @@ def _solve(self, pooled, G, mine):
 
 def _damping_rule(self, pooled):
     "λ from all that is pooled, as a number or a function of (G, eigenvalues)"
-    if not (isinstance(self.lam, str) or callable(self.lam)): return self.lam
+    if isinstance(self.lam, str): _check_choice("lam", self.lam, ("auto",))
+    elif not callable(self.lam): return self.lam
     rule, rows = auto_damping if self.lam == "auto" else self.lam, pooled.rows.double()
     if self.curvature == "hessian": return lambda G, eigenvalues: rule(rows, eigenvalues)
-    if self.lam == "auto" and pooled.total is not None:
-        C = pooled.mean.double()
-        rows = (C if C.ndim == 1 else C.diagonal()).clamp_min(0).sqrt()[None]
+    if self.lam == "auto" and pooled.total is not None: rows = pooled.mean.sqrt()[None]
     return lambda G, eigenvalues: rule(rows, None)
 
 # %% ../nbs/02_newton.ipynb #1ce7ce6a
@@ -173,43 +200,49 @@ def _masked_solve(self, pooled, G, mask, used):
     used = used | rows.any(0) if total is None else used | rows.any(0) | total.reshape(-1, total.shape[-1]).any(0)
     if total is not None: total = total[used] if total.ndim == 1 else total[used][:, used]
     pooled = Evidence(rows[:, used], total, pooled.count)
-    C, rule, D = pooled.mean.double(), _damping_rule(self, pooled), torch.zeros_like(G)
-    if self.solver == "diagonal": D[:, used] = _diagonal_solve(self, C, G[:, used], rule)
+    rule, D, G, mask = _damping_rule(self, pooled), torch.zeros_like(G), G[:, used], mask[:, used]
+    if self.solver == "diagonal": D[:, used] = _diagonal_solve(self, pooled.mean, G, rule)
+    elif total is None: D[:, used] = ragged_fisher_solve(pooled.rows, G, mask, _damping(rule, pooled.rows.double()))
     else:
-        e = None if self.curvature == "fisher" else _SPECTRA[self.eigenvalues](torch.linalg.eigvalsh(C))
-        D[:, used] = ragged_solve(C, G[:, used], mask[:, used], _damping(rule, pooled.rows.double(), e), self.eigenvalues)
+        e = _SPECTRA[self.eigenvalues](torch.linalg.eigvalsh(pooled.mean))
+        D[:, used] = ragged_solve(pooled.mean, G, mask, _damping(rule, pooled.rows.double(), e), self.eigenvalues)
     return D
 
 # %% ../nbs/02_newton.ipynb #de28578f
 def _cg_directions(self, look, mask, n, processes):
     "Directions from products with the mean Hessian of all processes"
-    if mask is not None: raise ValueError("mask: expected solver='direct' or 'diagonal' with padded sets, got solver='cg'")
     rows, mine = processes.gather(look.G[look.taken])
     rows = rows.double()
     local = lambda V: look.H.total(V, look.taken) if look.H is not None else torch.zeros_like(V)
     product = lambda V: processes.sum(local(V).double())/n
     rule = _damping_rule(self, Evidence(rows))
-    lam = _damping(rule, rows, rms_eigenvalue(product, rows) if callable(rule) else None)
-    return _spread_out(self._iterate(product, rows, lam)[mine].to(look.G.dtype), look)
+    lam = _damping(rule, rows, _finite_size(rms_eigenvalue(product, rows)) if callable(rule) else None)
+    return _spread_out(self._iterate(product, rows, lam, callable(rule))[mine].to(look.G.dtype), look)
 
 @patch
-def _iterate(self:NewtonLoss, product, b, lam):
-    "Conjugate gradients; how they ended is kept in `cg`"
+def _iterate(self:NewtonLoss, product, b, lam, bounded=False):
+    "Conjugate gradients, cut to the length ‖b‖/λ if `bounded`; how they ended is kept in `cg`"
     found = conjugate_gradient(product, b, lam, self.tol, self.max_iter)
     self.cg = found._replace(x=None)
     check_finite("products of the Hessian of loss_fn", found.x)
-    return found.x
+    if not bounded: return found.x
+    length, longest = (torch.linalg.vector_norm(v, dim=1) for v in (found.x, b))
+    return found.x*(longest/lam/length.clamp_min(torch.finfo(b.dtype).tiny)).clamp_max(1)[:, None]
 
 def _own_directions(self, look, mask):
     "Directions from each sample's own curvature"
+    if not look.taken.any(): return torch.zeros_like(look.G)
     G, H = look.G[look.taken], look.H[look.taken] if isinstance(look.H, Tensor) else look.H
     if mask is None: return _spread_out(_own_solve(self, G, H, look.taken), look)
     D, mask = torch.zeros_like(G), mask[look.taken]
-    for pattern in mask.unique(dim=0):
-        real, i = pattern.nonzero()[:, 0], (mask == pattern).all(1).nonzero()
+    for real, i in _patterns(mask):
         h = H if H is None else H[i, real] if H.ndim == 2 else H[i[:, :, None], real[:, None], real]
         D[i, real] = _own_solve(self, G[i, real], h, look.taken)
     return _spread_out(D, look)
+
+def _finite_size(rms):
+    check_finite("products of the Hessian of loss_fn", rms)
+    return rms
 
 def _own_solve(self, G, H, taken):
     if self.curvature == "fisher" and self.solver == "diagonal": return _diagonal_solve(self, G.double().square(), G, self.lam)
@@ -219,8 +252,8 @@ def _own_solve(self, G, H, taken):
     g, rows = G.double(), taken.nonzero()[:, 0]
     def product(V): return H.own(torch.zeros(len(taken), G.shape[1], dtype=V.dtype, device=V.device).index_copy(0, rows, V)[None])[0][rows].double()
     signs = random_signs(G.shape, g)
-    rms = product(signs).square().mean(1, keepdim=True).sqrt()
-    return self._iterate(product, g, _damping(self.lam, g[:, None], rms)).to(G.dtype)
+    rms = _finite_size(product(signs).square().mean(1, keepdim=True).sqrt())
+    return self._iterate(product, g, _damping(self.lam, g[:, None], rms), not isinstance(self.lam, (int, float))).to(G.dtype)
 
 # %% ../nbs/02_newton.ipynb #b4f9e0dd
 def newton_direction(
@@ -256,32 +289,34 @@ def accumulated(
         raise ValueError("accumulated: expected average='batch', and for a Hessian solver='direct' or 'diagonal', got "
                          f"average={self.average!r}, solver={self.solver!r}")
     processes = Processes(self.group)
-    with torch.no_grad(): pooled = processes.together(lambda: _joined(self, batches))
-    pooled, _ = processes.share(pooled)
-    if self.history is not None: pooled = self.history(pooled, remember=self.training)
-    self._shared = pooled, None
+    with torch.no_grad(): pooled, broken = processes.together(lambda: _joined(self, batches))
+    if processes.sum(torch.tensor(int(broken), device=pooled.rows.device)): self._shared = "gradient"
+    else:
+        pooled, _ = processes.share(pooled)
+        self._shared = pooled if self.history is None else self._remembered(pooled)[0]
     try: yield self
     finally: self._shared = None
 
 # %% ../nbs/02_newton.ipynb #a164b75f
 def _joined(self, batches):
-    "The evidence of several micro-batches of this process"
-    parts = []
+    "The evidence of several micro-batches of this process, and whether a Hessian in it is missing"
+    parts, broken, skipped = [], False, self.skipped
     for batch in batches:
         y, *args = batch if isinstance(batch, (tuple, list)) else (batch,)
-        _check_call(y, args, None, self)
         look = self._look(y, None, args, self.check)
         parts.append(self._evidence(look, None, len(y)))
+        broken = broken or look.broken
+    self.skipped = skipped
     if not parts: raise ValueError("batches: expected at least one micro-batch (y, *args), got none")
     total = None if parts[0].total is None else sum(p.total for p in parts)
-    return Evidence(torch.cat([p.rows for p in parts]), total, sum(p.count for p in parts))
+    return Evidence(torch.cat([p.rows for p in parts]), total, sum(p.count for p in parts)), broken
 
 # %% ../nbs/02_newton.ipynb #e76c0a23
 class InjectFisher(torch.autograd.Function):
     "Identity forward; backward, each gradient row is multiplied by (F + λI)⁻¹ (paper, Algorithm 2)"
     @staticmethod
     def forward(y, lam, reduction, scale, on_nonfinite, group):
-        if on_nonfinite == "raise": check_finite("y", y)
+        if on_nonfinite == "raise": Processes(group if y.requires_grad else None).together(lambda: check_finite("y", y))
         return y.view_as(y)
 
     @staticmethod
@@ -292,15 +327,15 @@ class InjectFisher(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (y,), g = ctx.saved_tensors, g.detach()
-        processes, scale = Processes(ctx.group), _scale(ctx.scale)
-        G = g.to(torch.promote_types(g.dtype, torch.float32))/scale*(len(g) if ctx.reduction == "mean" else 1)
-        D = processes.together(lambda: _inject(G, ctx.on_nonfinite))
-        rows, mine = processes.gather(D)
-        try: D = fisher_solve(rows, ctx.lam)[mine]
+        processes = Processes(ctx.group)
+        G, taken, scale = processes.together(lambda: _unscaled(g, ctx))
+        rows, mine = processes.gather(G[taken])
+        D = torch.zeros_like(G)
+        try: D[taken] = fisher_solve(rows, ctx.lam)[mine] if len(rows) else rows
         except (NonFiniteError, SingularError):
             if ctx.on_nonfinite == "raise": raise
-            D = 0*D if ctx.on_nonfinite == "skip" else G
-        D = (D*scale/(len(rows)/processes.size if ctx.reduction == "mean" else 1)).to(g.dtype)
+            if ctx.on_nonfinite == "gradient": D = G
+        D = (D*scale/(max(len(rows), 1)/processes.size if ctx.reduction == "mean" else 1)).to(g.dtype)
         return _OnceOnly.apply(D, y), *[None]*5
 
     @staticmethod
@@ -318,10 +353,13 @@ def _scale(scale):
         raise ValueError(f"scale: expected a finite number other than zero, or a function that returns one, got {scale!r}")
     return scale
 
-def _inject(G, on_nonfinite):
-    "Gradients to solve for: without the rows that are not finite, if these are to be skipped"
-    if on_nonfinite == "raise": check_finite("G", G)
-    return torch.where(G.isfinite().all(1, keepdim=True), G, 0) if on_nonfinite == "skip" else G
+def _unscaled(g, ctx):
+    "Gradients of the samples' own losses, which of them to use, and the scale"
+    scale = _scale(ctx.scale)
+    G = g.to(torch.promote_types(g.dtype, torch.float32))/scale*(len(g) if ctx.reduction == "mean" else 1)
+    if ctx.on_nonfinite == "raise": check_finite("G", G)
+    taken = G.isfinite().all(1)
+    return G, taken if ctx.on_nonfinite == "skip" else torch.ones_like(taken), scale
 
 # %% ../nbs/02_newton.ipynb #71b566d3
 @torch._disable_dynamo
@@ -334,7 +372,7 @@ def inject_fisher(
     group="auto",                  # Processes that share the batch: "auto", a process group, or None for this one alone
 ) -> Float[Tensor, "N m"]:         # `y`, unchanged
     "Give whatever loss follows the gradient of a Fisher Newton loss"
-    check_outputs(y, finite=False)
+    check_outputs(y if Processes(group).size == 1 or len(y) else y.new_zeros(1, y.shape[1]), finite=False)
     _check_choice("reduction", reduction, ("mean", "sum"))
     _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "gradient"))
     _damping(lam if not callable(lam) else 0., y.new_zeros(1, 1))

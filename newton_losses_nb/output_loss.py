@@ -73,18 +73,21 @@ class OutputLoss(nn.Module):
         _check_choice("value", value, ("loss", "newton"))
         _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "gradient"))
         self.loss_fn, self.value, self.check, self.on_nonfinite, self.group = loss_fn, value, check, on_nonfinite, group
-        self.skipped = 0
+        self.skipped, self._trains = 0, False
 
     @torch._disable_dynamo
     def forward(self, y:Float[Tensor, "N m"], *args, mask:Bool[Tensor, "N m"]|None=None) -> Float[Tensor, ""]:
         "Mean loss, or half the squared step; its gradient is direction / N. `mask` is True where an output is real"
-        _check_call(y, args, mask, self)
-        if self.value == "loss" and not (torch.is_grad_enabled() and y.requires_grad): return self._evaluate(y, mask, args)
+        _refuse_capture(self)
+        self._trains = torch.is_grad_enabled() and getattr(y, "requires_grad", False)
+        if self.value == "loss" and not self._trains:
+            _check_call(y, args, mask, self)
+            return self._evaluate(y, mask, args)
         return _Directed.apply(y, self, mask, *args)[0]
 
     def direction(self, y:Float[Tensor, "N m"], *args, mask:Bool[Tensor, "N m"]|None=None, check:bool=False):
         "Losses `(N,)` and the directions `(N, m)` to send back, zero for samples that take no part"
-        _check_call(y, args, mask, self)
+        self._trains = False
         return self._step(y, mask, args, check)[:2]
 
 # %% ../nbs/01f_output_loss.ipynb #af043c4f
@@ -100,8 +103,9 @@ class _Look(NamedTuple):
 @patch
 def _look(self:OutputLoss, y, mask, args, check):
     "Losses and derivatives of the samples, and which of them take part"
-    if not len(y): return _Look(y.new_zeros(0), y.detach(), y.new_zeros(0, dtype=torch.bool))
+    _check_call(y, args, mask, self)
     y, args = _compute_precision(y, args)
+    if not len(y): return _Look(y.new_zeros(0), y, y.new_zeros(0, dtype=torch.bool))
     sound = self._sound(y, mask)
     if sound is not None and not sound.all(): y = torch.where(sound[:, None], y, 0)
     with torch.autocast(y.device.type, enabled=False): loss, G, H, whole = self._derivatives(y, mask, args, check, sound)
@@ -204,7 +208,9 @@ def _check_call(y, args, mask, loss):
         if a.device != y.device and a.ndim: raise ValueError(f"args[{i}]: expected a tensor on the device of y, {y.device}, got {a.device}")
         if a.requires_grad: raise ValueError(f"args[{i}]: expected a tensor without gradient, since a Newton loss sends a gradient to y only; detach it")
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: raise _no_forward_mode(type(loss).__name__)
-    if y.is_cuda and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
+
+def _refuse_capture(loss):
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
         f"{type(loss).__name__} looks at the numbers of a batch (are they finite, is C + λI singular?), which a CUDA graph cannot capture; "
         "capture the network's forward and backward pass, and call the loss between them")
 
@@ -244,8 +250,8 @@ def scalar_step(
     outputs:float|None=None,       # m, if it is not the width of `G`: the mean number of outputs of padded samples
 ) -> Float[Tensor, "N m"]:         # G / (tr F/(m − 1) + λ)
     "Newton step for a Fisher that is the same in all directions orthogonal to the vector of ones"
-    m = G.shape[-1] if outputs is None else outputs
-    return G/(G.square().sum(-1).mean()/max(m - 1, 1) + _damping(lam, G))
+    m, g = G.shape[-1] if outputs is None else outputs, G.double()
+    return (g/(g.square().sum(-1).mean()/max(m - 1, 1) + _damping(lam, g))).to(G.dtype)
 
 # %% ../nbs/01f_output_loss.ipynb #5354aa41
 class ClippedLoss(OutputLoss):
@@ -284,5 +290,5 @@ class ScalarStepLoss(OutputLoss):
 
     def transform(self, G, real):
         "Scalar Newton steps"
-        lam = self.lam if real == G.shape[1] or not (callable(self.lam) or self.lam == "auto") else _damping(self.lam, G*(G.shape[1]/real)**0.5)
+        lam = self.lam if real == G.shape[1] or not (callable(self.lam) or self.lam == "auto") else _damping(self.lam, G.double()*(G.shape[1]/real)**0.5)
         return scalar_step(G, lam, real)

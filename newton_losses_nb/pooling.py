@@ -28,8 +28,9 @@ class Evidence:
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
-        "Mean curvature, formed from the rows if there is no sum"
-        return self.rows.mT @ self.rows/self.count if self.total is None else self.total/self.count
+        "Mean curvature in float64, formed from the rows if there is no sum"
+        rows = self.rows.double()
+        return rows.mT @ rows/self.count if self.total is None else self.total.double()/self.count
 
 # %% ../nbs/01d_pooling.ipynb #9c43bff1
 class Processes:
@@ -54,7 +55,9 @@ class Processes:
     def gather(self, rows:Float[Tensor, "N m"]) -> tuple[Float[Tensor, "M m"], slice]:
         "Rows of all processes, in their order, and which of them are this one's; the numbers of rows may differ"
         if self.size == 1: return rows, slice(None)
-        counts = self.sum(nn.functional.one_hot(torch.tensor(dist.get_rank(self.group)), self.size).to(rows.device)*len(rows)).tolist()
+        me = nn.functional.one_hot(torch.tensor(dist.get_rank(self.group)), self.size).to(rows.device)
+        counts, widths = self.sum(torch.stack([me*len(rows), me*rows.shape[1]])).tolist()
+        if len(set(widths)) > 1: raise ValueError(f"y: expected equally many outputs in all processes, got {widths}")
         padded = rows.new_zeros(max(counts), rows.shape[1])
         padded[:len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in counts]
@@ -107,7 +110,7 @@ class History(nn.Module):
         for b in self.batches:
             if b.rows.shape[1:] != e.rows.shape[1:] or (b.total is None) != (e.total is None):
                 raise ValueError(f"y: expected outputs like those that the remembered curvature is of, {b.rows.shape[1]} of them, got {e.rows.shape[1]}; "
-                                 "reset() the history for another task")
+                                 "reset() the history for another task, or pad all batches to one width")
         return [Evidence(b.rows.to(e.rows), None if b.total is None else b.total.to(e.rows.device), b.count) for b in self.batches]
 
 # %% ../nbs/01d_pooling.ipynb #93165710
@@ -139,9 +142,19 @@ class MovingAverage(History):
         self.decay = decay
 
     def forward(self, e:Evidence, remember:bool=True) -> Evidence:
-        "Add a batch; the averaged curvature, with the new batch's rows"
-        total, count = e.rows.double().mT @ e.rows.double() if e.total is None else e.total.double(), float(e.count)
-        now = Evidence(e.rows, total, count)
-        for old in self._recall(now): now = Evidence(e.rows, total + self.decay*old.total, count + self.decay*old.count)
-        if remember: self.batches = [Evidence(e.rows[:0], now.total, now.count)]
-        return now
+        "Add a batch; the averaged curvature: rows for a Fisher, else the sum with the new batch's rows"
+        parts = [Evidence(e.rows.double(), None if e.total is None else e.total.double(), e.count)]
+        parts = [*self._recall(parts[0]), *parts]
+        weights = [self.decay**k for k in reversed(range(len(parts)))]
+        count = sum(w*p.count for w, p in zip(weights, parts))
+        total = None if e.total is None else sum(w*p.total for w, p in zip(weights, parts))
+        rows = e.rows[:0] if total is not None else _compressed(torch.cat([w**0.5*p.rows for w, p in zip(weights, parts)]))
+        if remember: self.batches = [Evidence(rows, total, count)]
+        return Evidence(e.rows, total, count) if total is not None else Evidence(rows*(len(rows)/count)**0.5, None, len(rows))
+
+# %% ../nbs/01d_pooling.ipynb #4ca16489
+def _compressed(rows):
+    "At most m rows with the same sum of outer products"
+    if len(rows) <= rows.shape[1]: return rows
+    order = rows.abs().amax(1).argsort(descending=True)
+    return torch.linalg.qr(rows[order], mode="r")[1]

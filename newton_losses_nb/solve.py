@@ -124,7 +124,9 @@ def _solve_for_rows(G, rows, lam, dtype):
     if M < m:
         _, s, Vh = torch.linalg.svd(a, full_matrices=False)
         inside = g @ Vh.mT
-        return ((inside/(s**2 + lam[..., None]).unsqueeze(-2)) @ Vh + (g - inside @ Vh)/lam[..., None, None]).to(G.dtype)
+        rest, size = g - inside @ Vh, torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+        real = torch.linalg.vector_norm(rest, dim=-1, keepdim=True) > 10*m*torch.finfo(dtype).eps*size
+        return ((inside/(s**2 + lam[..., None]).unsqueeze(-2)) @ Vh + torch.where(real, rest, 0)/lam[..., None, None]).to(G.dtype)
     R = _sorted_qr(a, root)[1]
     if (lam == 0).any(): _check_full_rank(R, M, m)
     half = torch.linalg.solve_triangular(R, g, upper=True, left=False)
