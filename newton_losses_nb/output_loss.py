@@ -210,7 +210,7 @@ def _check_call(y, args, mask, loss):
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: raise _no_forward_mode(type(loss).__name__)
 
 def _refuse_capture(loss):
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
         f"{type(loss).__name__} looks at the numbers of a batch (are they finite, is C + λI singular?), which a CUDA graph cannot capture; "
         "capture the network's forward and backward pass, and call the loss between them")
 

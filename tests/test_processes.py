@@ -28,8 +28,12 @@ def arguments(processes, *argv):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
     return [sys.executable, *map(str, [*torchrun, *argv])]
 
+def interruptible():
+    "A shell's background jobs, and what they start, ignore Ctrl-C; these do not"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def launch(processes, *argv, **kw):
-    return subprocess.Popen(arguments(processes, *argv), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen(arguments(processes, *argv), env=ENV, preexec_fn=interruptible, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def finish(process, seconds=240):
     try: out, err = process.communicate(timeout=seconds)
