@@ -137,6 +137,7 @@ def _gradient_graph(loss_fn, y, args, again, check=True, finite=True):
     if check: _check_independent(loss, G, y)
     return loss, G, y
 
+# %% ../nbs/01_curvature.ipynb #56911f99
 @contextlib.contextmanager
 def _recording(y, args):
     "Record gradients, also within `no_grad` and `inference_mode`; yields a detached `y` and `args` that autograd takes"

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .curvature import NonFiniteError, check_finite, check_outputs, derivatives_in_chunks
-from .large import CGResult, HessianProducts, _check_limits, conjugate_gradient, hessian_diagonal, random_signs, rms_eigenvalue
+from .large import HessianProducts, _check_limits, conjugate_gradient, hessian_diagonal, random_signs, rms_eigenvalue
 from .output_loss import (
-    ClippedLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, _check_call, _check_choice, _in_one, _no_forward_mode,
+    ClippedLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, _check_choice, _in_one, _no_forward_mode,
     _OnceOnly, _spread_out, clip_per_sample, normalize_rms, scalar_step)
 from .pooling import Evidence, MovingAverage, Processes, Window
 from .ragged import _patterns, column_scale, ragged_fisher_solve, ragged_solve, sets_of_equal_size
@@ -134,7 +134,7 @@ def _summed(loss, G, H, sound):
 def _evidence(self:NewtonLoss, look, counts, n):
     "Gradients and summed curvature of the samples of this process, scaled where outputs are missing"
     G, H = look.G[look.taken], look.H
-    if isinstance(H, Tensor) and H.shape[0] == len(look.taken) and (counts is not None or self.solver == "diagonal"): H = H[look.taken].sum(0)
+    if H is not None and (counts is not None or self.solver == "diagonal"): H = H[look.taken].sum(0)
     if counts is not None:
         scale = column_scale(counts.to(G), n)
         G, H = G*scale, None if H is None else H*scale*scale if H.ndim == 1 else H*scale*scale[:, None]
@@ -253,7 +253,7 @@ def _own_solve(self, G, H, taken):
     def product(V): return H.own(torch.zeros(len(taken), G.shape[1], dtype=V.dtype, device=V.device).index_copy(0, rows, V)[None])[0][rows].double()
     signs = random_signs(G.shape, g)
     rms = _finite_size(product(signs).square().mean(1, keepdim=True).sqrt())
-    return self._iterate(product, g, _damping(self.lam, g[:, None], rms), not isinstance(self.lam, (int, float))).to(G.dtype)
+    return self._iterate(product, g, _damping(self.lam, g[:, None], rms), isinstance(self.lam, str) or callable(self.lam)).to(G.dtype)
 
 # %% ../nbs/02_newton.ipynb #b4f9e0dd
 def newton_direction(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .curvature import NonFiniteError, check_finite, check_outputs, derivatives_in_chunks, sample_losses
 from .pooling import Processes
 from .ragged import check_mask, ragged_derivatives, ragged_losses
-from .solve import SingularError, _damping, fisher_solve
+from .solve import SingularError, _damping
 
 # %% ../nbs/01f_output_loss.ipynb #89c20d47
 class _Directed(torch.autograd.Function):
@@ -41,6 +41,8 @@ class _Directed(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
+        if getattr(inputs[1], "history", None) is not None: raise RuntimeError(
+            "a Newton loss with ema or window cannot run under torch.func.vmap, since the networks would share one memory; give each its own loss")
         take = lambda i: [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims)]
         values = [_Directed.apply(*take(i)) for i in range(info.batch_size)]
         return tuple(map(torch.stack, zip(*values))), (0, 0)
@@ -56,7 +58,7 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): raise RuntimeError(
         "a Newton loss can be differentiated once: the direction that it sends back is not the gradient of a function. "
-        "For second derivatives with respect to parameters use the plain loss, OutputLoss's loss_fn")
+        "For second derivatives use the plain loss")
 
 # %% ../nbs/01f_output_loss.ipynb #3627e6f8
 class OutputLoss(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -65,24 +66,26 @@ class Processes:
         start = sum(counts[:dist.get_rank(self.group)])
         return torch.cat([p[:n] for p, n in zip(parts, counts)]), slice(start, start + len(rows))
 
-    def together(self, work:Callable) -> Any:
-        "What `work()` returns; if it fails in one process, all raise an error instead of waiting for it"
-        result = error = None
-        try: result = work()
-        except Exception as e: error = e
-        if self.size > 1:
-            kinds = [isinstance(error, NonFiniteError), isinstance(error, SingularError), error is not None]
-            device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
-            kinds = self.sum(torch.tensor(kinds, device=device).int()).tolist()
-            if error is None and kinds[2]: raise _peer_error(*kinds)
-        if error is not None: raise error
-        return result
-
     def share(self, e:Evidence) -> tuple[Evidence, slice]:
         "The evidence of all processes together, and which of its rows are this one's"
         if self.size == 1: return e, slice(None)
         rows, mine = self.gather(e.rows)
         return Evidence(rows, None if e.total is None else self.sum(e.total), len(rows)), mine
+
+# %% ../nbs/01d_pooling.ipynb #f325051b
+@patch
+def together(self:Processes, work:Callable) -> Any:
+    "What `work()` returns; if it fails in one process, all raise an error instead of waiting for it"
+    result = error = None
+    try: result = work()
+    except Exception as e: error = e
+    if self.size > 1:
+        kinds = [isinstance(error, NonFiniteError), isinstance(error, SingularError), error is not None]
+        device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        kinds = self.sum(torch.tensor(kinds, device=device).int()).tolist()
+        if error is None and kinds[2]: raise _peer_error(*kinds)
+    if error is not None: raise error
+    return result
 
 # %% ../nbs/01d_pooling.ipynb #b3d294a2
 def _peer_error(nonfinite, singular, any_):
