@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .sorting import _centred, _positive
+from .relaxations import _centred, _positive
 
 # %% ../nbs/13_more_sorting.ipynb #33e05a60
 def expected_ranks(
