@@ -7,15 +7,17 @@ __all__ = ['SortingLoss', 'exact_match', 'element_match', 'comparators', 'log_co
            'soft_sort', 'sorting_network', 'true_permutation']
 
 # %% ../nbs/03c_sorting.ipynb #1247cc52
+import functools
+
 import torch
+from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .curvature import NonFiniteError, sample_losses
-from newton_losses_nb.relaxations import (
-    _centred, _neural_logits, _one_hot, _positive, _soft_logits, log_complement, neural_sort, ranking_loss,
-    soft_sort, true_permutation)
-from .sorting_networks import _SIGMOIDS, comparators, sorting_network
+from .curvature import NonFiniteError
+from .relaxations import (
+    _centred, _check_ranking, _positive, log_complement, neural_sort, ranking_loss, soft_sort, true_permutation)
+from .sorting_networks import _SIGMOIDS, comparators, network_derivatives, sorting_network
 
 # %% ../nbs/03c_sorting.ipynb #52625f3a
 _all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort", "sorting_network", "true_permutation"]
@@ -30,6 +32,7 @@ class SortingLoss(nn.Module):
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
         network:str="odd_even",       # Comparisons of a sorting network
+        fuse:bool=False,              # Let `torch.compile` fuse the derivatives? Takes a while at first, and a compiler
     ):
         super().__init__()
         choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **_SIGMOIDS}
@@ -39,7 +42,8 @@ class SortingLoss(nn.Module):
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
         comparators(2, network)
-        if relaxation in _CLOSED and self.log and type(self).forward is SortingLoss.forward: self.derivatives = self._closed_form
+        if self.log and type(self).forward is SortingLoss.forward: self.derivatives = self._derivatives
+        self.fuse = fuse
 
     def permutation(self, s, log=False):
         "Relaxed permutation matrix of the scores"
@@ -51,66 +55,107 @@ class SortingLoss(nn.Module):
         "Loss of every sample"
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 
-    def _closed_form(self, s, P_true, hessian):
-        s = s.detach().requires_grad_()
-        loss = sample_losses(self, s, P_true)
-        G, = torch.autograd.grad(loss.sum(), s)
-        return loss, G, _CLOSED[self.relaxation](s.detach(), P_true, self.kind, self.tau) if hessian else None
-
     def extra_repr(self):
-        scale = f"tau={self.tau}" if self.relaxation in _CLOSED else f"steepness={self.steepness}, network={self.network!r}"
+        scale = f"tau={self.tau}" if self.relaxation in _SOFTMAX else f"steepness={self.steepness}, network={self.network!r}"
         return f"{self.relaxation!r}, kind={self.kind!r}, {scale}"
 
 # %% ../nbs/03c_sorting.ipynb #463cee40
-def _row_hessians(log_P, T, kind):
-    "Hessian of the loss for the logits of each row, as diagonals and weighted outer products (w, U, V)"
-    P, n = log_P.exp(), log_P.shape[-1]
-    if kind == "cross_entropy":
-        r = T.sum(-1)/n
-        return r.unsqueeze(-1)*P, [(-r, P, P)]
-    top = _one_hot(log_P.argmax(-1), n)
-    Q = log_P.masked_fill(top, -1e30).softmax(-1).masked_fill(top, 0.)
-    a = ((1 - T)/(1 - P.masked_fill(top, 0.))).masked_fill(top, 0.)
-    b = (a/(1 - P.masked_fill(top, 0.)))
-    wrong = ((1 - T)*top).sum(-1)
-    diagonal = P*(n - a.sum(-1, keepdim=True) + a + P*b) - wrong.unsqueeze(-1)*Q
-    one = torch.ones_like(wrong)
-    terms = [(b.sum(-1) - n, P, P), (-one, P*b, P), (-one, P, P*b), (wrong, Q, Q)]
-    return diagonal/n**2, [(w/n**2, U, V) for w, U, V in terms]
+def _cross_entropy_rows(
+    L:Float[Tensor, "n n N"],  # Logits
+    T:Float[Tensor, "n n N"],  # True permutation
+) -> tuple:                    # n times: losses (N,), gradients and diagonals (n, n, N), rows U and what weighs UA
+    "Cross-entropy of row-softmax weights, with derivatives in the logits"
+    log_P, r = L.log_softmax(1), T.sum(1, keepdim=True)
+    P = log_P.exp()
+    rP = r*P
+    return -(T*log_P).sum((0, 1)), rP - T, rP, P, lambda X: -r*X
 
-def _sum_rows(diagonal, terms, weight):
-    "Sum over rows of weight × Hessian, an n × n matrix"
-    out = torch.diag_embed((weight.unsqueeze(-1)*diagonal).sum(-2))
-    for w, U, V in terms: out = out + U.mT @ ((weight*w).unsqueeze(-1)*V)
-    return out
-
-# %% ../nbs/03c_sorting.ipynb #7e8ca7c2
-def _neural_hessian(s, T, kind, tau):
-    z, gain = _centred(s, 1/tau)
-    rows = _row_hessians(_neural_logits(z).log_softmax(-1), T.to(z.dtype), kind)
-    n = z.shape[-1]
-    c = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device).expand_as(z)
-    sign = (z.unsqueeze(-1) - z.unsqueeze(-2)).sign()
-    M = torch.diag_embed(sign.sum(-1)) - sign
-    B2, B1, B0 = (_sum_rows(*rows, c**r) for r in (2, 1, 0))
-    cross = B1 @ M
-    return (B2 - cross - cross.mT + M.mT @ B0 @ M)*gain.unsqueeze(-1).square()
+# %% ../nbs/03c_sorting.ipynb #b9891a29
+def _bce_rows(
+    L:Float[Tensor, "n n N"],  # Logits
+    T:Float[Tensor, "n n N"],  # True permutation
+) -> tuple:                    # n² times: losses (N,), gradients and diagonals (n, n, N), rows U and what weighs UA
+    "Binary cross-entropy of row-softmax weights, with derivatives in the logits"
+    n, (best, place) = len(L), L.max(1, keepdim=True)
+    top = place == torch.arange(n, device=L.device)[:, None]
+    second = L.masked_fill(top, -torch.inf).amax(1, keepdim=True)
+    near = (L - second).clamp_max(0).exp().masked_fill(top, 0)
+    gap, S = best - second, near.sum(1, keepdim=True)
+    e = near*(-gap).exp()
+    Z, others = 1 + e.sum(1, keepdim=True), S.log() - gap
+    R, e, f = Z - e, e.masked_fill(top, 1), (1 - T).masked_fill(top, 0)
+    missed = (1 - T - f).sum(1, keepdim=True)
+    a, wQ = f/R, near*(missed/S)
+    b, h = a/R, e*(n/Z - a.sum(1, keepdim=True) + a) - wQ
+    loss = (n*Z.log() - missed*others).sum((0, 1)) - (T*(L - best) + f*R.log()).sum((0, 1))
+    def weigh(X):
+        E, bE, Q = X.split(n)
+        return torch.cat([(b.sum(1, keepdim=True) - n/Z**2)*E - bE, -E, Q*missed])
+    return loss, h - T, h + b*e*e, torch.cat([e, b*e, near/S]), weigh
 
 # %% ../nbs/03c_sorting.ipynb #cfe3300a
-def _soft_hessian(s, T, kind, tau):
-    z, gain = _centred(s, 1/tau)
-    ordered, place = z.sort(-1)
-    diagonal, terms = _row_hessians(_soft_logits(z).log_softmax(-1), T.to(z.dtype), kind)
-    S = (ordered.unsqueeze(-1) - z.unsqueeze(-2)).sign()
-    diagonal, terms = S.square()*diagonal, [(w, U*S, V*S) for w, U, V in terms]
-    y = diagonal + sum((w*V.sum(-1)).unsqueeze(-1)*U for w, U, V in terms)
-    E = _one_hot(place, z.shape[-1]).to(z.dtype)
-    cross = y.mT @ E
-    whole = _sum_rows(diagonal, terms, torch.ones_like(z)) + E.mT @ (y.sum(-1, keepdim=True)*E)
-    return (whole - cross - cross.mT)*gain.unsqueeze(-1).square()
+def _contract(A, B):
+    "Σ_l A[i, l] B[l, j] for each sample: by hand where it is small or will be fused, else as a matrix product"
+    few = len(A)*B.shape[0]*B.shape[1] <= 1000
+    if few or torch.compiler.is_compiling(): return (A.transpose(0, 1).unsqueeze(2)*B.unsqueeze(1)).sum(0)
+    return (A.permute(2, 0, 1).contiguous() @ B.permute(2, 0, 1).contiguous()).permute(1, 2, 0)
+
+def _neural_derivatives(z, T, rows, hessian):
+    "Loss, gradient and Hessian in the scaled scores, the samples last"
+    n = len(z)
+    c = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device)[:, None, None]
+    D = z.unsqueeze(1) - z
+    loss, g, d, U, weigh = rows(c*z - D.abs().sum(1), T)
+    M = -D.sign()
+    M.diagonal().sub_(M.sum(1).T)
+    if not hessian: return loss, (c*g).sum(0) - _contract(g.sum(0, keepdim=True), M)[0], None
+    UM, cd = _contract(torch.cat([U, g.sum(0, keepdim=True)]), M), c*d
+    X, K = (U.unflatten(0, (-1, n))*c).flatten(0, 1) - UM[:-1], cd.sum(0).unsqueeze(1)*M
+    weighed = torch.cat([weigh(X), d.sum(0).unsqueeze(1)*M])
+    H = _contract(torch.cat([X, M]).transpose(0, 1), weighed) - K - K.transpose(0, 1)
+    H.diagonal().add_((c*cd).sum(0).T)
+    return loss, (c*g).sum(0) - UM[-1], H
 
 # %% ../nbs/03c_sorting.ipynb #622d8d8c
-_CLOSED = {"neural_sort": _neural_hessian, "soft_sort": _soft_hessian}
+def _soft_derivatives(z, T, rows, hessian):
+    "Loss, gradient and Hessian in the scaled scores, the samples last"
+    n, (ordered, place) = len(z), z.sort(0)
+    D = ordered.unsqueeze(1) - z
+    loss, g, d, U, weigh = rows(-D.abs(), T)
+    S = D.sign()
+    gS = g*S
+    G = gS.sum(0).scatter_add(0, place, -gS.sum(1))
+    if not hessian: return loss, G, None
+    E = (place.unsqueeze(1) == torch.arange(n, device=z.device)[:, None]).to(z.dtype)
+    US, Y = U.unflatten(0, (-1, n))*S, d*S*S
+    X = (US - US.sum(2, keepdim=True)*E).flatten(0, 1)
+    weighed = torch.cat([weigh(X), Y.sum(1, keepdim=True)*E - Y, -E])
+    H = _contract(torch.cat([X, E, Y]).transpose(0, 1), weighed)
+    H.diagonal().add_(Y.sum(0).T)
+    return loss, G, H
+
+# %% ../nbs/03c_sorting.ipynb #bf38102d
+_SOFTMAX = {"neural_sort": _neural_derivatives, "soft_sort": _soft_derivatives}
+_ROWS = {"cross_entropy": _cross_entropy_rows, "bce": _bce_rows}
+
+@patch
+def _derivatives(self:SortingLoss, s, P_true, hessian):
+    "Losses, gradients, and Hessians if wanted"
+    _check_ranking(s.unsqueeze(-1).expand(*s.shape, s.shape[-1]), P_true, self.kind)
+    if self.relaxation not in _SOFTMAX:
+        return network_derivatives(s, P_true, self.kind, self.network, self.relaxation, self.steepness, hessian)
+    z, gain = _centred(s, 1/self.tau)
+    n, T = z.shape[-1], P_true.to(z.dtype)
+    if n == 1: return z.new_zeros(len(z)), z.new_zeros(z.shape), z.new_zeros(*z.shape, 1) if hessian else None
+    core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
+    loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(), _ROWS[self.kind], hessian)
+    entries = n if self.kind == "cross_entropy" else n*n
+    if isinstance(gain, Tensor): return loss/entries, G.mT*gain/entries, H.permute(2, 0, 1)*(gain**2/entries)[..., None] if hessian else None
+    return loss/entries, G.mT*(gain/entries), H.permute(2, 0, 1)*(gain**2/entries) if hessian else None
+
+# %% ../nbs/03c_sorting.ipynb #35ccf39e
+@functools.cache
+def _fused(core): return torch.compile(core, dynamic=False)
 
 # %% ../nbs/03c_sorting.ipynb #fab073be
 def exact_match(
