@@ -121,13 +121,11 @@ def _plan(n, network, device, dtype):
 
 # %% ../nbs/03b_sorting_networks.ipynb #26d094e0
 def _pair(Z, group):
-    "Both rows of each comparator, as views of a state with the wires first"
-    first, blocks, jump, width = group
-    size, stride = (blocks, width, *Z.shape[1:]), (2*jump*Z.stride(0), *Z.stride())
-    at = Z.storage_offset() + first*Z.stride(0)
-    return Z.as_strided(size, stride, at), Z.as_strided(size, stride, at + jump*Z.stride(0))
+    "Both rows of each comparator, (blocks, width, 2, ...), as a view of a state with the wires first"
+    (first, blocks, jump, width), (row, *rest) = group, Z.stride()
+    return Z.as_strided((blocks, width, 2, *Z.shape[1:]), (2*jump*row, row, jump*row, *rest), Z.storage_offset() + first*row)
 
-def _pairs(Z, groups): return {group: _pair(Z, group) for group in set(groups)}
+def _pairs(Z, groups): return {group: (both := _pair(Z, group), *both.unbind(2)) for group in set(groups)}
 
 def _pieces(groups, *stacks):
     "The parts of arrays with one row for each comparator, group by group"
@@ -144,7 +142,7 @@ def _forward(x, network, relaxation, steepness):
     Z[..., n] = x.T
     pairs = _pairs(Z, groups)
     for group, d, up in _pieces(groups, D, sign):
-        low, high = pairs[group]
+        _, low, high = pairs[group]
         torch.sub(high, low, out=d)
         a = alpha(_steep(d[..., n]*up, relaxation, steepness)).unsqueeze(-1)
         new = torch.lerp(high, low, a)
@@ -194,7 +192,7 @@ def _backward(g, D, network, relaxation, steepness):
     G[..., :n] = g.transpose(0, 1)
     pairs = _pairs(G, groups)
     for group, w, slope, difference in reversed(_pieces(groups, w, slope, D)):
-        low, high = pairs[group]
+        _, low, high = pairs[group]
         d = high - low
         along = (d*difference).sum(-1)
         d *= w
@@ -215,7 +213,7 @@ def _compare(x, groups, sign, relaxation, steepness):
     X, C, alpha = x.T.clone(), x.new_empty(len(sign), len(x)), _SIGMOIDS[relaxation][0]
     pairs = _pairs(X, groups)
     for group, c, up in _pieces(groups, C, sign):
-        low, high = pairs[group]
+        _, low, high = pairs[group]
         torch.sub(high, low, out=c).mul_(up)
         a = alpha(_steep(c, relaxation, steepness))
         new = torch.lerp(high, low, a)
@@ -235,28 +233,26 @@ def _log_forward(x, network, relaxation, steepness):
     L.diagonal(dim1=0, dim2=2).zero_()
     pairs = _pairs(L, groups)
     for group, d, p, q in _pieces(groups, delta, stay, swap):
-        low, high = pairs[group]
+        both, low, high = pairs[group]
         torch.sub(low, high, out=d)
-        new = torch.logaddexp(low + p, high + q)
-        torch.logaddexp(low + q, high + p, out=high)
-        low.copy_(new)
+        (low_p, high_p), (low_q, high_q) = (both + p.unsqueeze(2)).unbind(2), (both + q.unsqueeze(2)).unbind(2)
+        torch.logaddexp(low_p, high_q, out=low)
+        torch.logaddexp(low_q, high_p, out=high)
     return L, (C, stay - swap, delta)
 
 # %% ../nbs/03b_sorting_networks.ipynb #e6865497
-def _weights_back(G, groups, W1, W2, M1, M2):
+def _weights_back(G, groups, W, M):
     "Gradients in log α and log (1 − α) of all comparators; turns G into the gradient in the first L, adds Wg to M"
-    stay, swap, pairs = torch.empty_like(M1[..., 0]), torch.empty_like(M1[..., 0]), _pairs(G, groups)
-    for group, w1, w2, m1, m2, p, q in reversed(_pieces(groups, W1, W2, M1, M2, stay, swap)):
-        low, high = pairs[group]
-        m1.addcmul_(w1, low)
-        m2.addcmul_(w2, high)
-        torch.sum(high, -1, out=p)
-        torch.sum(low, -1, out=q)
+    sums, pairs = torch.empty_like(M[..., 0]), _pairs(G, groups)
+    for group, w, m, total in reversed(_pieces(groups, W, M, sums)):
+        both, low, high = pairs[group]
+        m.addcmul_(w, both)
+        torch.sum(both, -1, out=total)
         high += low
-        torch.add(m1, m2, out=low)
+        torch.add(*m.unbind(2), out=low)
         high -= low
-    S = M1.sum(-1) - M2.sum(-1)
-    return stay + S, swap - S
+    (low, high), (own, other) = sums.unbind(1), M.sum(-1).unbind(1)
+    return high + own - other, low - own + other
 
 # %% ../nbs/03b_sorting_networks.ipynb #6f9d789b
 def _scores_back(n, groups, keep, push):
@@ -264,20 +260,20 @@ def _scores_back(n, groups, keep, push):
     Y, D = push.new_zeros(n, *push.shape[1:]), torch.empty_like(push)
     pairs = _pairs(Y, groups)
     for group, k, h, d in reversed(_pieces(groups, keep, push, D)):
-        low, high = pairs[group]
+        _, low, high = pairs[group]
         m = torch.sub(high, low, out=d)*k - h
         low += m
         high -= m
     return Y, D
 
 # %% ../nbs/03b_sorting_networks.ipynb #a83821aa
-def _shares(C, r, delta): return (delta + r).sigmoid_(), (delta - r).sigmoid_()
+def _shares(C, r, delta): return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
 
 def _log_backward(G, kept, network, relaxation, steepness):
     "Gradient in the scores from a gradient in log P with the wires first, which is overwritten"
     groups, sign = _plan(len(G), network, G.device, G.dtype)
-    W1, W2 = _shares(*kept)
-    stay, swap = _weights_back(G, groups, W1, W2, torch.zeros_like(W1), torch.zeros_like(W2))
+    W = _shares(*kept)
+    stay, swap = _weights_back(G, groups, W, torch.zeros_like(W))
     C = kept[0]
     a1, p1, q1 = _slopes(C, relaxation, steepness, 1)
     keep = _SIGMOIDS[relaxation][0](-_steep(C, relaxation, steepness)) - a1*C
@@ -285,8 +281,8 @@ def _log_backward(G, kept, network, relaxation, steepness):
 
 # %% ../nbs/03b_sorting_networks.ipynb #b36a6c0d
 def _needs_plain(x):
-    return (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-            or torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(x) or type(x) is not Tensor)
+    return (torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(x) or torch.autograd.forward_ad._current_level >= 0)
 
 class _Network(torch.autograd.Function):
     @staticmethod
@@ -333,7 +329,7 @@ def _score_tangents(n, groups, sign, kappa):
     X = torch.eye(n, D, dtype=kappa.dtype, device=kappa.device).unsqueeze(-1).repeat(1, 1, N)
     dC, pairs = kappa.new_empty(len(sign), D, N), _pairs(X, groups)
     for group, c, k in _pieces(groups, dC, kappa.unsqueeze(1)):
-        low, high = pairs[group]
+        _, low, high = pairs[group]
         step = torch.sub(high, low, out=c)*k
         new = high - step
         torch.add(low, step, out=high)
@@ -341,19 +337,16 @@ def _score_tangents(n, groups, sign, kappa):
     return dC.mul_(sign.unsqueeze(-1))
 
 # %% ../nbs/03b_sorting_networks.ipynb #16bfb3e5
-def _weight_tangents(n, groups, W1, W2, dp, dq):
+def _weight_tangents(n, groups, W, dp, dq):
     "Derivatives of log P, (n, n - 1, N, n), and of the arguments E of the shares"
-    L = dp.new_zeros(n, *dp.shape[1:], n)
-    E1, E2 = (dp.new_empty(*dp.shape, n) for _ in range(2))
-    pairs, dr, dp, dq = _pairs(L, groups), (dp - dq).unsqueeze(-1), dp.unsqueeze(-1), dq.unsqueeze(-1)
-    for group, e1, e2, w1, w2, r, p, q in _pieces(groups, E1, E2, W1.unsqueeze(1), W2.unsqueeze(1), dr, dp, dq):
-        low, high = pairs[group]
-        d = low - high
-        torch.add(d, r, out=e1)
-        torch.sub(d, r, out=e2)
-        torch.add(high, q, out=low).addcmul_(w1, e1)
-        high.add_(p).addcmul_(w2, e2)
-    return L, E1, E2
+    L, E = dp.new_zeros(n, *dp.shape[1:], n), dp.new_empty(len(dp), 2, *dp.shape[1:], n)
+    swapped, dr = torch.stack([dq, dp], 1).unsqueeze(-1), torch.stack([dp - dq, dq - dp], 1).unsqueeze(-1)
+    pairs = _pairs(L, groups)
+    for group, e, w, r, add in _pieces(groups, E, W.unsqueeze(2), dr, swapped):
+        both, low, high = pairs[group]
+        torch.add((low - high).unsqueeze(2), r, out=e)
+        torch.addcmul(high.unsqueeze(2) + add, w, e, out=both)
+    return L, E
 
 # %% ../nbs/03b_sorting_networks.ipynb #3d22a08c
 def _loss_tangents(L, T, kind, dL):
@@ -397,15 +390,13 @@ def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
     groups, sign = _plan(n, network, L.device, L.dtype)
     a1, p1, q1, a2, p2, q2 = _slopes(C, relaxation, steepness)
     kappa = _SIGMOIDS[relaxation][0](_steep(C, relaxation, steepness)) + a1*C
-    W1, W2 = _shares(*kept)
+    W = _shares(*kept)
     dC = _score_tangents(n, groups, sign, kappa)
-    dL, E1, E2 = _weight_tangents(n, groups, W1, W2, wide(p1)*dC, wide(q1)*dC)
+    dL, E = _weight_tangents(n, groups, W, wide(p1)*dC, wide(q1)*dC)
     dG = _loss_tangents(L, T, kind, dL)
-    M1, M2 = torch.zeros_like(W1), torch.zeros_like(W2)
-    p, q = _weights_back(G, groups, W1, W2, M1, M2)
-    E1 *= wide(M1 - M1*W1)
-    E2 *= wide(M2 - M2*W2)
-    dp, dq = _weights_back(dG, groups, wide(W1), wide(W2), E1, E2)
+    M = torch.zeros_like(W)
+    p, q = _weights_back(G, groups, W, M)
+    dp, dq = _weights_back(dG, groups, W.unsqueeze(2), E.mul_((M - M*W).unsqueeze(2)))
     Y, D = _scores_back(n, groups, 1 - kappa, (p*p1 + q*q1)*sign)
     push = (wide(p1)*dp + wide(q1)*dq + wide(p*p2 + q*q2)*dC)*wide(sign) + wide((2*a1 + a2*C)*D)*dC
     H, _ = _scores_back(n, groups, wide(1 - kappa), push)
