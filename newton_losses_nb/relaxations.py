@@ -40,6 +40,12 @@ def _carefully_centred(s, gain, limit):
     gain = torch.minimum(torch.full_like(half, gain), limit/half.clamp_min(torch.finfo(s.dtype).tiny*limit))
     return (s - (high/2 + low/2))*gain, gain
 
+# %% ../nbs/03_relaxations.ipynb #aa143d1d
+def _scaled_back(G, H, gain):
+    "Gradient and Hessian in the scores, from those in the scaled scores"
+    if isinstance(gain, Tensor): return G*gain, None if H is None else H*gain.square().unsqueeze(-1)
+    return (G, H) if gain == 1 else (G*gain, None if H is None else H*gain**2)
+
 # %% ../nbs/03_relaxations.ipynb #afe00d96
 def _describe(x): return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 

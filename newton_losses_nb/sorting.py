@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .curvature import NonFiniteError
-from .relaxations import (
-    _centred, _check_ranking, _positive, log_complement, neural_sort, ranking_loss, soft_sort, true_permutation)
+from newton_losses_nb.relaxations import (
+    _centred, _check_ranking, _positive, _scaled_back, log_complement, neural_sort, ranking_loss, soft_sort,
+    true_permutation)
 from .sorting_networks import _SIGMOIDS, comparators, network_derivatives, sorting_network
 
 # %% ../nbs/03c_sorting.ipynb #52625f3a
@@ -150,8 +151,8 @@ def _derivatives(self:SortingLoss, s, P_true, hessian):
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
     loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(), _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
-    if isinstance(gain, Tensor): return loss/entries, G.mT*gain/entries, H.permute(2, 0, 1)*(gain**2/entries)[..., None] if hessian else None
-    return loss/entries, G.mT*(gain/entries), H.permute(2, 0, 1)*(gain**2/entries) if hessian else None
+    G, H = _scaled_back(G.mT/entries, H.permute(2, 0, 1)/entries if hessian else None, gain)
+    return loss/entries, G, H
 
 # %% ../nbs/03c_sorting.ipynb #35ccf39e
 @functools.cache

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .relaxations import _centred, _one_hot, _positive, _ranking_gradient
+from .relaxations import _centred, _one_hot, _positive, _ranking_gradient, _scaled_back
 
 # %% ../nbs/03b_sorting_networks.ipynb #87e56d00
 def _magnitude(v): return torch.where(v < 0, -v, v)
@@ -72,7 +72,7 @@ def _partners(n, network):
 
 def _wiring(n, network, device, dtype):
     "Partner and sign of every wire, layer by layer"
-    partner, sign = _partners(n, network)
+    partner, sign = (_partners.__wrapped__ if torch.compiler.is_compiling() else _partners)(n, network)
     return torch.tensor(partner, device=device, dtype=torch.long), torch.tensor(sign, device=device, dtype=dtype)
 
 # %% ../nbs/03b_sorting_networks.ipynb #fb682e21
@@ -380,8 +380,8 @@ def network_derivatives(
     G = G.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     if hessian: Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, network, relaxation, steepness)
     else: Y, H = _log_backward(G, kept, network, relaxation, steepness), None
-    H = (H.reshape(*shape, n)*gain.square().unsqueeze(-1)).to(s.dtype) if hessian else None
-    return loss.reshape(shape[:-1]), (Y.reshape(shape)*gain).to(s.dtype), H
+    G, H = _scaled_back(Y.reshape(shape), H.reshape(*shape, n) if hessian else None, gain)
+    return loss.reshape(shape[:-1]), G.to(s.dtype), H.to(s.dtype) if hessian else None
 
 # %% ../nbs/03b_sorting_networks.ipynb #878fcab7
 def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
