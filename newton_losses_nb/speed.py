@@ -13,8 +13,8 @@ __all__ = ['GROUPS', 'interleave', 'Setup', 'Case', 'difference', 'peer_version'
 import contextlib
 import functools
 import heapq
-import importlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -50,23 +50,24 @@ from .sorting import SortingLoss, neural_sort, soft_sort, sorting_network, true_
 def interleave(
     ours:Callable,               # Function without arguments
     theirs:Callable,             # Another one, that does the same
-    rounds:int=9,                # Pairs of blocks
+    rounds:int=9,                # Pairs of blocks; at most 3 where a single call takes longer than `seconds`
     seconds:float=0.5,           # Time to spend on each, about
     base:float=0.,               # Seconds to add to both, for work that both do alike
     clock:Callable=benchmark.timer, # Gives the time; waits for a GPU
-) -> dict:                       # Seconds `ours` and `theirs`, and quartiles of theirs/ours: `low`, `ratio`, `high`
+) -> dict:                       # Seconds `ours` and `theirs`, quartiles of theirs/ours `low`, `ratio`, `high`, and `rounds`
     "Time two functions in alternating blocks"
     threads = torch.get_num_threads()
     timers = [benchmark.Timer("f()", globals={"f": f}, num_threads=threads, timer=clock) for f in (ours, theirs)]
-    numbers = [max(1, int(seconds/rounds/max(t.timeit(1).median, 1e-9))) for t in timers]
-    blocks = []
+    once, blocks = [max(t.timeit(1).median, 1e-9) for t in timers], []
+    if max(once) > seconds: rounds = min(rounds, 3)
+    numbers = [max(1, int(seconds/rounds/t)) for t in once]
     for k in range(rounds):
         order = (0, 1) if k % 2 == 0 else (1, 0)
         times = {i: timers[i].timeit(numbers[i]).median + base for i in order}
         blocks.append((times[0], times[1]))
     a, b = np.array(blocks).T
     low, ratio, high = np.quantile(b/a, (.25, .5, .75))
-    return {"ours": float(np.median(a)), "theirs": float(np.median(b)), "low": low, "ratio": ratio, "high": high}
+    return {"ours": float(np.median(a)), "theirs": float(np.median(b)), "low": low, "ratio": ratio, "high": high, "rounds": rounds}
 
 # %% ../nbs/22_speed.ipynb #802a9a34
 class Setup(NamedTuple):
@@ -117,7 +118,7 @@ def difference(
     if setup.check == (): return None
     ours, theirs = setup.check or (setup.ours, setup.theirs)
     pairs = zip(_values(ours, setup.inputs, measure), _values(theirs, setup.inputs, measure, setup.align))
-    return max(float((a - b).abs().max()/b.abs().max().clamp_min(1)) for a, b in pairs)
+    return float(torch.stack([((a - b).abs().max()/b.abs().max().clamp_min(1)).double() for a, b in pairs]).max())
 
 # %% ../nbs/22_speed.ipynb #44ed3496
 def peer_version(
@@ -540,24 +541,28 @@ def cnn_cases(
             + _newton_cases("cnn", whole, "step, CNN, whole", device, {}, **few))
 
 # %% ../nbs/22_speed.ipynb #538ad7bd
+def _python(*args): return subprocess.run([sys.executable, *args], check=True, capture_output=True, text=True, env=_path_to_us())
+
+def _path_to_us():
+    "Environment in which a new process finds this very package"
+    here = str(Path(importlib.util.find_spec("newton_losses_nb").origin).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+
 def _import_pair(module):
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
-    def run(name): return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], env={**os.environ, "PYTHONPATH": path}, check=True)
+    def run(name): return lambda: _python("-c", f"import {name}")
     return Setup(run(module), run("torch"), check=())
 
 def import_cases() -> list[Case]:
     "The first import of the library part against that of torch"
-    return [Case("import", f"import {m}", "a new process", "call", functools.partial(_import_pair, m), at_most=True, target=1.1, rounds=5)
-            for m in ("newton_losses_nb.newton", "newton_losses_nb.sorting")]
+    module = "newton_losses_nb.newton"
+    return [Case("import", f"import {module}", "a new process", "call", functools.partial(_import_pair, module), at_most=True, target=1.1)]
 
 def import_seconds(
     module:str="newton_losses_nb.newton", # What to import in a new process
 ) -> dict[str, float]:                    # Seconds of each imported module with all that it imports
     "Where the time of a first import goes, from `python -X importtime`"
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {module}"], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": path}, check=True)
-    lines = [o.removeprefix("import time:").split("|") for o in run.stderr.splitlines() if o.startswith("import time:")]
+    written = _python("-X", "importtime", "-c", f"import {module}").stderr.splitlines()
+    lines = [o.removeprefix("import time:").split("|") for o in written if o.startswith("import time:")]
     return {name.strip(): int(total)*1e-6 for _, total, name in lines[1:]}
 
 # %% ../nbs/22_speed.ipynb #eae7be8d
@@ -601,18 +606,21 @@ def _no_stderr():
         for fd in (saved, null): os.close(fd)
 
 # %% ../nbs/22_speed.ipynb #ed72bf43
+def _median_time(f, seconds, blocks=5):
+    timer = benchmark.Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+    number = max(1, int(seconds/blocks/timer.timeit(1).median))
+    return float(np.median([timer.timeit(number).median for _ in range(blocks)]))
+
 def _measure_point(curve, size, seconds):
     try:
         f = curve.make(size, curve.device)
-        timer = benchmark.Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
-        time = timer.blocked_autorange(min_run_time=seconds).median
-        return {"time": time, "bytes": peak_memory(f, curve.device), "work": curve.work(size)}, None
+        return {"time": _median_time(f, seconds), "bytes": peak_memory(f, curve.device), "work": curve.work(size)}, None
     except (torch.OutOfMemoryError, RuntimeError) as e: return None, str(e).splitlines()[0]
 
 def run_curves(
     curves:Iterable[Curve],  # Curves, all on the same device
     out:str|Path|None=None,  # File of results, `.jsonl`; None: keep none
-    seconds:float=0.3,       # Time to spend on a point, at least
+    seconds:float=0.3,       # Time to spend on a point, about
     show:bool=True,          # Show progress?
 ) -> pd.DataFrame:           # See `curve_table`
     "Measure all points that a file of results does not have yet"
@@ -698,7 +706,7 @@ def speed_curves(
         ("bitonic network", "n", few, net("bitonic"), lambda n: n**2*layers(n)),
         ("Hessians, neural_sort", "n", few, functools.partial(_hessian_point, "neural_sort"), lambda n: n**3),
         ("Hessians, cauchy", "n", (5, 10, 20, 40), functools.partial(_hessian_point, "cauchy"), lambda n: n**4),
-        ("Fisher", "m", (4, 16, 64, 256, 1024), _squares_point, lambda m: m**3 + 100*m**2),
+        ("Fisher", "m", (4, 16, 64, 256, 1024), _squares_point, lambda m: 100*m*min(m, 100)),
         ("Fisher, n = 5", "N", (10, 100, 1000, 10_000), lambda N, d: _newton_point("fisher", N, 5, d), lambda N: N),
         ("Hessian, n = 5", "N", (10, 100, 1000, 10_000), lambda N, d: _newton_point("hessian", N, 5, d), lambda N: N),
         ("Fenchel-Young, 12 x 12", "S", (3, 10, 30, 100, 300), lambda S, d: _fenchel_young_point(10, 12, S, d), lambda S: S),
