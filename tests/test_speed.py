@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("pandas")
 
-from newton_losses_nb import speed
-from newton_losses_nb.speed import (GROUPS, Case, Curve, Setup, curve_table, difference, growth, import_seconds, interleave,
-                                    measure_case, peak_memory, run_cases, run_curves, run_speed, show_table, speed_curves)
+from newton_losses_nb import scaling, speed
+from newton_losses_nb.scaling import Curve, curve_table, growth, peak_memory, run_curves, run_scaling, speed_curves
+from newton_losses_nb.speed import (GROUPS, Case, Setup, difference, import_seconds, interleave, measure_case, run_cases, run_speed,
+                                    show_table)
 
 
 class Clock:
@@ -231,14 +232,18 @@ def test_each_curve_runs():
 
 def test_run_speed(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "GROUPS", {"g": lambda device: [example(), example(name="other", needs=("no-such-library",))]})
-    monkeypatch.setattr(speed, "speed_curves", lambda device: [Curve("exp", "n", (2, 4), lambda n, d: torch.ones(n).exp, lambda n: n)])
     torch.set_num_threads(2)
-    table, curves = run_speed(["g", "scaling"], tmp_path/"new", rounds=3, seconds=0.01, show=False)
-    assert torch.get_num_threads() == 2                          # put back
-    assert len(table) == 2 and len(curves) == 2
-    assert sorted(o.name for o in (tmp_path/"new").iterdir()) == ["scaling.csv", "scaling.md", "scaling.png", "speed.csv", "speed.jsonl", "speed.md"]
+    table = run_speed(["g"], tmp_path/"new", rounds=3, seconds=0.01, show=False)
+    assert torch.get_num_threads() == 2 and len(table) == 2      # threads put back
+    assert sorted(o.name for o in (tmp_path/"new").iterdir()) == ["speed.csv", "speed.jsonl", "speed.md"]
     assert "no-such-library not installed" in (tmp_path/"new"/"speed.md").read_text()
     with pytest.raises(ValueError, match="groups: expected some of"): run_speed(["nothing"], tmp_path)
+
+def test_run_scaling(tmp_path, monkeypatch):
+    exp = Curve("exp", "n", (2, 4), lambda n, d: torch.ones(n).exp, lambda n: n)
+    monkeypatch.setattr(scaling, "speed_curves", lambda device: [exp])
+    assert len(run_scaling(tmp_path, seconds=0.01, show=False)) == 2
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["scaling.csv", "scaling.jsonl", "scaling.md", "scaling.png"]
 
 def test_first_import_is_light():
     "The library part brings in nothing of the extra `bench`"
