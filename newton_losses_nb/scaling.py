@@ -73,8 +73,9 @@ def _no_stderr():
 # %% ../nbs/22b_scaling.ipynb #0bb214f2
 def _median_time(f, seconds, blocks=5):
     timer = benchmark.Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
-    number = max(1, int(seconds/blocks/timer.timeit(1).median))
-    return float(np.median([timer.timeit(number).median for _ in range(blocks)]))
+    once = timer.timeit(1).median
+    if once > seconds: return float(np.median([once, *(timer.timeit(1).median for _ in range(2))]))
+    return float(np.median([timer.timeit(max(1, int(seconds/blocks/once))).median for _ in range(blocks)]))
 
 def _measure_point(curve, size, seconds):
     try:
