@@ -112,8 +112,9 @@ def growth(
 ) -> pd.DataFrame:      # One row for each curve
     "Exponents of time and memory, and the largest rise of time per unit of work between neighbouring sizes"
     rows = []
-    for (name, variable), t in table.dropna().sort_values("size").groupby(["curve", "variable"], sort=False):
+    for (name, variable), t in table.dropna().groupby(["curve", "variable"], sort=False):
         if len(t) < 2: continue
+        t = t.sort_values("size")
         slope = lambda y: np.polyfit(np.log(t["size"][-3:]), np.log(y[-3:]), 1)[0]
         cost = (t.time/t.work).to_numpy()
         k = int(np.argmax(cost[1:]/cost[:-1]))
