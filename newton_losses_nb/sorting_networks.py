@@ -275,6 +275,8 @@ def _log_backward(G, kept, network, relaxation, steepness):
     return _scores_back(len(G), groups, keep, (stay*p1 + swap*q1)*sign)[0].T
 
 # %% ../nbs/03b_sorting_networks.ipynb #b36a6c0d
+def _wires_first(g): return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
 def _needs_plain(x):
     return (torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
             or torch._C._functorch.is_legacy_batchedtensor(x) or torch.autograd.forward_ad._current_level >= 0)
@@ -290,11 +292,13 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (x, *kept), (*settings, log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
-        if again or _needs_plain(g):
+        fast = grad = None
+        if not _needs_plain(g):
+            with torch.no_grad(): fast = _log_backward(_wires_first(g), kept, *settings) if log else _backward(g, *kept, *settings)
+        if again or fast is None:
             with torch.enable_grad(): P = _plain_network(x, *settings, log)
             grad, = torch.autograd.grad(P, x, g, create_graph=again)
-        elif log: grad = _log_backward(g.transpose(0, 1).clone(memory_format=torch.contiguous_format), kept, *settings)
-        else: grad = _backward(g, *kept, *settings)
+        grad = fast if grad is None else grad if fast is None else grad + (fast - grad).detach()
         return grad, None, None, None, None
 
 # %% ../nbs/03b_sorting_networks.ipynb #af07dde0
