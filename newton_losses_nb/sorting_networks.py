@@ -39,7 +39,6 @@ def _log_gaussian(v):
     tail = -far.square()/2 - (-far).log() - math.log(2*math.pi)/2 + series.log1p()
     return torch.where(v < edge, tail, torch.special.log_ndtr(v.clamp_min(edge)))
 
-# %% ../nbs/03b_sorting_networks.ipynb #da1af2d7
 _SIGMOIDS = {"logistic": (torch.sigmoid, F.logsigmoid), "logistic_art": (torch.sigmoid, F.logsigmoid),
              "gaussian": (_gaussian, _log_gaussian), "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
              "reciprocal": (_reciprocal, lambda v: _reciprocal(v).log()), "optimal": (_optimal, lambda v: _optimal(v).log())}
@@ -84,7 +83,6 @@ def _plain_network(x, network, relaxation, steepness, log):
         x, P = _layer(x, P, partner, sign, relaxation, steepness, log)
     return P
 
-# %% ../nbs/03b_sorting_networks.ipynb #cdd9d56b
 def _layer(x, P, partner, sign, relaxation, steepness, log):
     alpha, log_alpha = _SIGMOIDS[relaxation]
     other = x[..., partner]
@@ -119,7 +117,6 @@ def _plan(n, network, device, dtype):
     with torch.inference_mode(False): sign = torch.tensor(sign, dtype=dtype, device=device).unsqueeze(-1)
     return [group for layer in layers for group in _groups(layer)], sign
 
-# %% ../nbs/03b_sorting_networks.ipynb #26d094e0
 def _pair(Z, group):
     "Both rows of each comparator, (blocks, width, 2, ...), as a view of a state with the wires first"
     (first, blocks, jump, width), (row, *rest) = group, Z.stride()
@@ -157,7 +154,6 @@ def _cauchy_density(v): return (f := 1/(math.pi*(1 + v*v))), -2*math.pi*v*f*f
 
 _DENSITIES = {"logistic": _logistic_density, "cauchy": _cauchy_density}
 
-# %% ../nbs/03b_sorting_networks.ipynb #a3cf5c93
 def _slopes(c, relaxation, steepness, order=2):
     "First and second derivatives of α, log α and log (1 − α) in the difference of two scores"
     if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, order)
@@ -170,7 +166,7 @@ def _slopes(c, relaxation, steepness, order=2):
     held = (steepness*c).abs() > 1e10
     return [(steepness**k*o).masked_fill(held, 0.) for k, os in ((1, one), (2, two))[:order] for o in os]
 
-# %% ../nbs/03b_sorting_networks.ipynb #71cb3c98
+# %% ../nbs/03b_sorting_networks.ipynb #a3cf5c93
 def _autograd_slopes(c, relaxation, steepness, order):
     alpha, log_alpha = _SIGMOIDS[relaxation]
     with torch.inference_mode(False), torch.enable_grad():
@@ -179,6 +175,12 @@ def _autograd_slopes(c, relaxation, steepness, order):
         slope = lambda o: torch.autograd.grad(o.sum(), c, create_graph=True)[0]
         one = [slope(o) for o in (alpha(v), log_alpha(v), log_alpha(-v))]
         return [o.detach() for o in (one + [slope(o) for o in one] if order == 2 else one)]
+
+def _first_slope(c, relaxation, steepness):
+    "Derivative of α alone"
+    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, 1)[0]
+    v = steepness*c
+    return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(v.abs() > 1e10, 0.)
 
 # %% ../nbs/03b_sorting_networks.ipynb #d5a88e42
 def _backward(g, D, network, relaxation, steepness):
@@ -201,12 +203,6 @@ def _backward(g, D, network, relaxation, steepness):
         high -= d
     return G[..., n].T
 
-# %% ../nbs/03b_sorting_networks.ipynb #7251e023
-def _first_slope(c, relaxation, steepness):
-    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, 1)[0]
-    v = steepness*c
-    return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(v.abs() > 1e10, 0.)
-
 # %% ../nbs/03b_sorting_networks.ipynb #8b8ae68d
 def _compare(x, groups, sign, relaxation, steepness):
     "Differences of the scores at every comparator"
@@ -221,7 +217,6 @@ def _compare(x, groups, sign, relaxation, steepness):
         low.copy_(new)
     return C
 
-# %% ../nbs/03b_sorting_networks.ipynb #e3577379
 def _log_forward(x, network, relaxation, steepness):
     "log P of centred scores (N, n) with the wires first, and what its gradient needs"
     (N, n), log_alpha = x.shape, _SIGMOIDS[relaxation][1]
@@ -280,6 +275,8 @@ def _log_backward(G, kept, network, relaxation, steepness):
     return _scores_back(len(G), groups, keep, (stay*p1 + swap*q1)*sign)[0].T
 
 # %% ../nbs/03b_sorting_networks.ipynb #b36a6c0d
+def _wires_first(g): return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
 def _needs_plain(x):
     return (torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
             or torch._C._functorch.is_legacy_batchedtensor(x) or torch.autograd.forward_ad._current_level >= 0)
@@ -295,11 +292,13 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (x, *kept), (*settings, log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
-        if again or _needs_plain(g):
+        fast = grad = None
+        if not _needs_plain(g):
+            with torch.no_grad(): fast = _log_backward(_wires_first(g), kept, *settings) if log else _backward(g, *kept, *settings)
+        if again or fast is None:
             with torch.enable_grad(): P = _plain_network(x, *settings, log)
             grad, = torch.autograd.grad(P, x, g, create_graph=again)
-        elif log: grad = _log_backward(g.transpose(0, 1).clone(memory_format=torch.contiguous_format), kept, *settings)
-        else: grad = _backward(g, *kept, *settings)
+        grad = fast if grad is None else grad if fast is None else grad + (fast - grad).detach()
         return grad, None, None, None, None
 
 # %% ../nbs/03b_sorting_networks.ipynb #af07dde0
@@ -317,7 +316,6 @@ def sorting_network(
     P = _plain_network(x, *settings) if _needs_plain(x) else _Network.apply(x.reshape(-1, n), *settings).view(*x.shape, n)
     return P.to(s.dtype)
 
-# %% ../nbs/03b_sorting_networks.ipynb #56c23517
 def _check_settings(relaxation, steepness):
     if relaxation not in _SIGMOIDS: raise ValueError(f"relaxation: expected one of {', '.join(_SIGMOIDS)}, got {relaxation!r}")
     _positive("steepness", steepness)
@@ -402,7 +400,6 @@ def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
     H, _ = _scores_back(n, groups, wide(1 - kappa), push)
     return Y.T, torch.cat([H, -H.sum(1, keepdim=True)], 1).permute(2, 0, 1)
 
-# %% ../nbs/03b_sorting_networks.ipynb #9affe264
 def _check_target(s, P_true, kind):
     if kind not in ("cross_entropy", "bce"): raise ValueError(f"kind: expected cross_entropy or bce, got {kind!r}")
     if P_true.shape != (*s.shape, s.shape[-1]):
