@@ -28,6 +28,7 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     python_requires=f'>={cfg["min_python"]}',
     install_requires=reqs(''),
-    extras_require={'bench': reqs('bench_'), 'ray': reqs('bench_') + reqs('ray_'), 'dev': reqs('bench_') + reqs('dev_')},
+    extras_require={'bench': reqs('bench_'), 'peers': reqs('bench_') + reqs('peers_'), 'ray': reqs('bench_') + reqs('ray_'),
+                    'dev': reqs('bench_') + reqs('peers_') + reqs('dev_')},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d'], 'console_scripts': shlex.split(cfg['console_scripts'])},
 )
