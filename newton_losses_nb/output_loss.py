@@ -6,7 +6,6 @@
 __all__ = ['OutputLoss', 'clip_per_sample', 'normalize_rms', 'scalar_step', 'ClippedLoss', 'NormalizedLoss', 'ScalarStepLoss']
 
 # %% ../nbs/01f_output_loss.ipynb #6aebff06
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .curvature import (
-    NonFiniteError, check_finite, check_outputs, derivatives, derivatives_in_chunks, looking, sample_losses, unchecked)
+    NonFiniteError, check_finite, check_outputs, derivatives, derivatives_in_chunks, full_precision, looking, sample_losses, unchecked)
 from .pooling import Processes
 from .ragged import check_mask, ragged_derivatives, ragged_losses
 from .solve import SingularError, _damping
@@ -35,9 +34,7 @@ class _Directed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        y, grad_y = ctx.saved_tensors
-        grad = ((g if g.ndim == 0 else g[..., None, None])*grad_y).to(y.dtype)
-        return _OnceOnly.apply(grad, y) if torch.is_grad_enabled() else grad, *[None]*ctx.others
+        return _sent_back(g, *ctx.saved_tensors), *[None]*ctx.others
 
     @staticmethod
     def jvp(ctx, *tangents): raise _no_forward_mode("a Newton loss")
@@ -49,6 +46,21 @@ class _Directed(torch.autograd.Function):
         take = lambda i: [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims)]
         values = [_Directed.apply(*take(i)) for i in range(info.batch_size)]
         return tuple(map(torch.stack, zip(*values))), (0, 0)
+
+# %% ../nbs/01f_output_loss.ipynb #69831be7
+class _Sent(torch.autograd.Function):
+    "A value, and the gradient with respect to `y` that was found with it"
+    @staticmethod
+    def forward(ctx, y, value, grad_y):
+        ctx.save_for_backward(y, grad_y)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, g): return _sent_back(g, *ctx.saved_tensors), None, None
+
+def _sent_back(g, y, grad_y):
+    grad = ((g if g.ndim == 0 else g[..., None, None])*grad_y).to(y.dtype)
+    return _OnceOnly.apply(grad, y) if torch.is_grad_enabled() else grad
 
 # %% ../nbs/01f_output_loss.ipynb #0af85ef8
 class _OnceOnly(torch.autograd.Function):
@@ -90,7 +102,9 @@ class OutputLoss(nn.Module):
             if self.on_nonfinite == "ignore": return self._evaluate_unseen(y, mask, args)
             _check_call(y, args, mask, self)
             return self._evaluate(y, mask, args)
-        return _Directed.apply(y, self, mask, *args)[0]
+        if torch._C._are_functorch_transforms_active(): return _Directed.apply(y, self, mask, *args)[0]
+        with torch.no_grad(): value, grad_y = self._value_and_gradient(y, mask, args)
+        return _Sent.apply(y, value, grad_y)
 
     def direction(self, y:Float[Tensor, "N m"], *args, mask:Bool[Tensor, "N m"]|None=None, check:bool=False):
         "Losses `(N,)` and the directions `(N, m)` to send back, zero for samples that take no part"
@@ -119,7 +133,7 @@ def _look(self:OutputLoss, y, mask, args, check):
     if not len(y): return _Look(y.new_zeros(0), y, y.new_zeros(0, dtype=torch.bool))
     sound = self._sound(y, mask)
     if sound is not None and not sound.all(): y = torch.where(sound[:, None], y, 0)
-    with _full_precision(y): loss, G, H, whole = self._derivatives(y, mask, args, check, sound)
+    with full_precision(y): loss, G, H, whole = self._derivatives(y, mask, args, check, sound)
     if sound is None: return _Look(loss, G, None if mask is None else mask.any(1), H)
     usable = sound & loss.isfinite() & G.isfinite().all(1)
     broken = self.on_nonfinite == "gradient" and bool((usable & ~whole).any())
@@ -164,7 +178,7 @@ def _evaluate(self:OutputLoss, y, mask, args):
     "The mean loss without any gradient"
     y, args = _compute_precision(y, args)
     finite = self.on_nonfinite == "raise"
-    with _full_precision(y):
+    with full_precision(y):
         loss = sample_losses(self.loss_fn, y, *args, finite=finite) if mask is None else ragged_losses(self.loss_fn, y, mask, *args, finite=finite)
     if finite: check_finite("y", y if mask is None else y[mask])
     taken = loss.isfinite() if finite else loss.isfinite() & self._sound(y, mask)
@@ -199,7 +213,7 @@ def _step_unseen(self:OutputLoss, y, mask, args, check):
     _check_unseen(self, y, mask, args)
     y, args = _compute_precision(y, args)
     check = check and looking()
-    with unchecked(), _full_precision(y): return self._directions_unseen(*self._derivatives_unseen(y, args, check))
+    with unchecked(), full_precision(y): return self._directions_unseen(*self._derivatives_unseen(y, args, check))
 
 @patch
 def _derivatives_unseen(self:OutputLoss, y, args, check):
@@ -220,7 +234,7 @@ def _evaluate_unseen(self:OutputLoss, y, mask, args):
     _check_unseen(self, y, mask, args)
     y, args = _compute_precision(y, args)
     flat, more = _flat(y, args)
-    with unchecked(), _full_precision(y): return sample_losses(self.loss_fn, flat, *more, finite=False).view(y.shape[:-1]).mean(-1)
+    with unchecked(), full_precision(y): return sample_losses(self.loss_fn, flat, *more, finite=False).view(y.shape[:-1]).mean(-1)
 
 # %% ../nbs/01f_output_loss.ipynb #7ad6b228
 def _flat(y, args):
@@ -267,11 +281,6 @@ def _spread_out(D, look):
 def _mean(x, taken):
     "Mean over the samples that take part; zero if there are none"
     return x.mean() if taken is None or len(x) and taken.all() else torch.where(taken, x, 0).sum()/taken.sum().clamp_min(1)
-
-def _full_precision(y):
-    "Autocast off, where it is on"
-    on = torch.is_autocast_enabled(y.device.type) if y.device.type in ("cpu", "cuda") else True
-    return torch.autocast(y.device.type, enabled=False) if on else contextlib.nullcontext()
 
 # %% ../nbs/01f_output_loss.ipynb #36578dc5
 def _check_choice(name, value, choices):
