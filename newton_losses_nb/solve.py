@@ -102,8 +102,9 @@ def _solve_by_product(g, lam):
     N, m = g.shape[-2:]
     C = (g.mT @ g if m <= N else g @ g.mT)/N
     size = C.diagonal(dim1=-2, dim2=-1)
-    sound = size.sum(-1).clamp_min(1e-280) < 1e4*lam
-    if not (sound.item() if sound.ndim == 0 else sound.all()): return None
+    trace = size.sum(-1)
+    sound = max(trace.item(), 1e-280) < 1e4*lam.item() if trace.ndim == 0 else (trace.clamp_min(1e-280) < 1e4*lam).all()
+    if not sound: return None
     size += lam.unsqueeze(-1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(C).L)
     return g @ inverse if m <= N else inverse @ g
