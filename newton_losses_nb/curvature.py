@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NonFiniteError', 'unchecked', 'looking', 'check_finite', 'check_outputs', 'sample_losses', 'backward_rows',
-           'derivatives', 'derivatives_in_chunks', 'per_sample_grad', 'per_sample_hessian', 'mean_hessian',
-           'empirical_fisher']
+           'derivatives', 'full_precision', 'derivatives_in_chunks', 'per_sample_grad', 'per_sample_hessian',
+           'mean_hessian', 'empirical_fisher']
 
 # %% ../nbs/01_curvature.ipynb #0c9c28b0
 import cmath
@@ -128,7 +128,7 @@ def derivatives(
     own = getattr(loss_fn, 'derivatives', None)
     with _recording(y, args) as (y, args):
         if own is not None:
-            with torch.autocast(y.device.type, enabled=False): loss, G, H = own(y, *args, hessian=hessian)
+            with full_precision(y): loss, G, H = own(y, *args, hessian=hessian)
         else: loss, G, H = _autograd_derivatives(loss_fn, y, args, hessian, check, finite)
     if finite:
         check_finite("gradient of loss_fn", G)
@@ -140,7 +140,7 @@ def _autograd_derivatives(loss_fn, y, args, hessian, check, finite):
     loss, G, y = _gradient_graph(loss_fn, y, args, hessian, check, finite)
     H = _order_two(G, y) if hessian else None
     if hessian and H is None:
-        _check_linear(loss_fn, y, args, G)
+        if looking(): _check_linear(loss_fn, y, args, G)
         H = y.new_zeros(*y.shape, y.shape[1])
     return loss, G, H
 
@@ -156,6 +156,13 @@ def _gradient_graph(loss_fn, y, args, again, check=True, finite=True):
     return loss, G, y
 
 # %% ../nbs/01_curvature.ipynb #56911f99
+def full_precision(
+    y:Tensor,  # A tensor on the device in question
+) -> contextlib.AbstractContextManager: # Within it, autocast is off
+    "Switch autocast off where it is on"
+    known = y.device.type in ("cpu", "cuda")
+    return contextlib.nullcontext() if known and not torch.is_autocast_enabled(y.device.type) else torch.autocast(y.device.type, enabled=False)
+
 @contextlib.contextmanager
 def _recording(y, args):
     "Record gradients, also within `no_grad` and `inference_mode`; yields a detached `y` and `args` that autograd takes"
