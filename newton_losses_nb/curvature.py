@@ -129,6 +129,7 @@ def derivatives(
     with _recording(y, args) as (y, args):
         if own is not None:
             with full_precision(y): loss, G, H = own(y, *args, hessian=hessian)
+            if finite: check_finite("loss_fn's values", loss)
         else: loss, G, H = _autograd_derivatives(loss_fn, y, args, hessian, check, finite)
     if finite:
         check_finite("gradient of loss_fn", G)
