@@ -293,33 +293,87 @@ def _same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
 
 # %% ../nbs/10_shortest_path.ipynb #18ffb4d6
-def _near(padded):
-    "The eight neighbours of each cell, in row-major order: `(B, H+2, W+2)` to `(B, 8, H, W)`"
-    H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
-    return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in _NEIGHBOURS], 1)
+def _links(
+    H:int,            # Rows
+    W:int,            # Columns
+    device,           # Where the numbers lie
+    start:bool=False, # Is the start a row of its own?
+) -> tuple:           # `(8·H·W,)` twice
+    "Rows of the neighbours of each cell, and where each cell is found among the neighbours"
+    n = H*W
+    cells = F.pad(torch.arange(n, device=device).view(H, W), (1, 1, 1, 1), value=n)
+    near = torch.stack([_shift(cells, *o) for o in _NEIGHBOURS]).view(8, n)
+    block = torch.arange(0, 8*n, n, device=device)[:, None]
+    back = torch.where(near.flip(0) < n, near.flip(0) + block, 8*n)
+    if start:
+        near = near.masked_fill(near == 0, n + 1)
+        back[:, 0].fill_(8*n)
+    return near.flatten(), back.flatten()
 
 # %% ../nbs/10_shortest_path.ipynb #db3316b0
+class _Near(torch.autograd.Function):
+    "Rows of the eight neighbours of each cell, `(C, B)` to `(8, C, B)`"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(x, edge, near, back): return torch.cat([x, edge]).index_select(0, near).view(8, *x.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx, g): return _Gather.apply(g, *ctx.saved_tensors), None, None, None
+
+class _Gather(torch.autograd.Function):
+    "Transpose of `_Near`: for each cell the sum of what lies at its place among the neighbours"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(x, near, back):
+        rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[2])])
+        return rows.index_select(0, back).view(x.shape).sum(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, g): return _Near.apply(g, g.new_zeros(2, g.shape[1]), *ctx.saved_tensors), None, None
+
+# %% ../nbs/10_shortest_path.ipynb #b8dc6ffd
+class _SoftSweep(torch.autograd.Function):
+    "Mean of the eight neighbours' scores, weighted with their softmax"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(x, edge, near, back):
+        u = torch.cat([x, edge]).index_select(0, near).view(8, *x.shape)
+        return torch.softmax(u, 0).mul_(u).sum(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, edge, near, back, w = ctx.saved_tensors
+        u = _Near.apply(x, edge, near, back)
+        slope = torch.softmax(u, 0)*torch.addcmul(g*(1 - w), u, g)
+        return _Gather.apply(slope, near, back), None, None, None
+
+# %% ../nbs/10_shortest_path.ipynb #c48193e5
 def _relaxed_distances(
     cost:Float[Tensor, "B H W"],  # Costs
     beta:float,                   # Inverse temperature
     n_iter:int,                   # Number of sweeps
-) -> Float[Tensor, "B 8 H W"]:    # Probability that the path to a cell comes from each of its neighbours
+) -> Float[Tensor, "8 C B"]:      # Probability that the path to a cell comes from each of its neighbours
     "Weights of the last sweep of relaxed Bellman-Ford"
-    far = -beta*_far(cost, beta)
-    border = F.pad(torch.zeros_like(cost), (1, 1, 1, 1), value=1.)*far
-    keep = cost.new_ones(cost.shape[-2:])
-    keep[0, 0] = 0
-    step, score = beta*cost, border + F.pad(keep*far, (1, 1, 1, 1))
-    for _ in range(n_iter):
-        u = _near(score)
-        pi = torch.softmax(u, 1)
-        score = F.pad(((pi*u).sum(1) - step)*keep, (1, 1, 1, 1)) + border
-    return pi
+    links = _links(*cost.shape[1:], cost.device, start=True)
+    far, step = -beta*_far(cost, beta), beta*cost.flatten(1).T
+    edge = torch.cat([far, torch.zeros_like(far)])
+    score = far.expand_as(step)
+    for _ in range(n_iter - 1): score = _SoftSweep.apply(score, edge, *links) - step
+    return torch.softmax(_Near.apply(score, edge, *links), 0)
 
 def _far(cost, beta):
-    "A distance beyond all others that still leaves room for second derivatives; one per grid"
+    "A distance beyond all others that still leaves room for second derivatives; one per grid, `(1, B)`"
     most = torch.finfo(cost.dtype).max/(16*max(beta, 1.))
-    return (1e4*cost.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1.)).clamp(max=most)
+    return (1e4*cost.detach().flatten(1).abs().amax(1).clamp(min=1.)).clamp(max=most)[None]
 
 # %% ../nbs/10_shortest_path.ipynb #84977be2
 _T_CONORMS = {
@@ -329,38 +383,30 @@ _T_CONORMS = {
 }
 
 # %% ../nbs/10_shortest_path.ipynb #258e30e6
-def _inflow(
-    pi:Float[Tensor, "B 8 H W"],  # Probability that the path to a cell comes from each of its neighbours
-) -> Float[Tensor, "B 8 H W"]:    # Probability with which each neighbour comes from this cell
-    "Transpose of the predecessors' weights"
-    padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
-    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W] for k, (i, j) in enumerate(_NEIGHBOURS)], 1)
-
-def _trace_back(pi, join, n_iter):
-    "Tracked path after each step of the soft walk"
-    weights = _inflow(pi)
-    at = torch.zeros_like(pi[:, 0])
-    at[:, -1, -1] = 1
+def _trace_back(pi, join, n_iter, H, W):
+    "Tracked path, `(C, B)`, after each step of the soft walk"
+    links = _links(H, W, pi.device)
+    at = F.pad(torch.ones_like(pi[0, :1]), (0, 0, H*W - 1, 0))
     tracked = [at]
     for _ in range(n_iter - 1):
-        at = (weights*_near(F.pad(at, (1, 1, 1, 1)))).sum(1)
+        at = _Gather.apply(pi*at, *links)
         tracked.append(join(tracked[-1], at))
     return tracked
 
 # %% ../nbs/10_shortest_path.ipynb #777644ae
 def _while_mean(
-    tracked:Float[Tensor, "K B H W"], # Tracked path after each step
+    tracked:Float[Tensor, "K C B"],   # Tracked path after each step, the start in front
     beta:float,                       # Inverse temperature of the loop's condition
     epsilon:float,                    # Stop when no grid goes on with more than this probability
 ) -> Float[Tensor, "B H W"]:          # Their mean, weighted with the probability of ending there
     "Result of a relaxed while-loop with a fixed number of steps"
-    start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
+    start = F.pad(tracked[:, 0], (0, 0, 1, 0))
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
     before, after = left[:-1], left[1:]
     on = before.detach().amax(1, keepdim=True) > epsilon if before.numel() else before > 0
     last = on & ~F.pad(on[1:], (0, 0, 0, 1))
     weight = (before - after)*on + after*last
-    return (weight[..., None, None]*tracked).sum(0)
+    return (weight[:, None]*tracked).sum(0)
 
 # %% ../nbs/10_shortest_path.ipynb #c1b15c77
 def relaxed_bellman_ford(
@@ -379,9 +425,9 @@ def relaxed_bellman_ford(
     n = H + W if n_iter is None else n_iter
     pi = _relaxed_distances(_wide(cost).reshape(-1, H, W), beta, n)
     join = lambda a, b: _T_CONORMS[t_conorm](a, b, q)
-    if loop == "for": path = _trace_back(pi, join, n)[-1]
-    else: path = _while_mean(torch.stack(_trace_back(pi, join, max_iter or n + 16)), beta, epsilon)
-    return path.reshape(cost.shape).to(cost.dtype)
+    tracked = _trace_back(pi, join, n if loop == "for" else max_iter or n + 16, H, W)
+    path = tracked[-1] if loop == "for" else _while_mean(torch.stack(tracked), beta, epsilon)
+    return path.T.reshape(cost.shape).to(cost.dtype)
 
 # %% ../nbs/10_shortest_path.ipynb #4a191e9b
 def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
