@@ -1,6 +1,6 @@
 "usage: bench_paths.py [exact] [relaxed] [fy]: ratios peer/ours, one thread, float32"
 import sys, warnings; warnings.filterwarnings("ignore")
-exec(open('/tmp/sp/base.py').read())
+exec(open('/tmp/base_cpu.py').read())
 from newton_losses_nb.shortest_path import *
 from newton_losses_nb.smoothing import *
 from peers_paths import *

@@ -8,6 +8,7 @@ __all__ = ['shortest_path', 'path_cost', 'exact_path_match', 'is_valid_path', 'r
 
 # %% ../nbs/10_shortest_path.ipynb #1d0317e6
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -293,68 +294,80 @@ def _same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
 
 # %% ../nbs/10_shortest_path.ipynb #18ffb4d6
-def _links(
-    H:int,            # Rows
-    W:int,            # Columns
-    device,           # Where the numbers lie
-    start:bool=False, # Is the start a row of its own?
-) -> tuple:           # `(8·H·W,)` twice
-    "Rows of the neighbours of each cell, and where each cell is found among the neighbours"
-    n = H*W
-    cells = F.pad(torch.arange(n, device=device).view(H, W), (1, 1, 1, 1), value=n)
-    near = torch.stack([_shift(cells, *o) for o in _NEIGHBOURS]).view(8, n)
-    block = torch.arange(0, 8*n, n, device=device)[:, None]
-    back = torch.where(near.flip(0) < n, near.flip(0) + block, 8*n)
-    if start:
-        near = near.masked_fill(near == 0, n + 1)
-        back[:, 0].fill_(8*n)
-    return near.flatten(), back.flatten()
+def _flat(x): return F.pad(x, (0, 2)).flatten(1)[:, :-2].T.contiguous()
+
+def _unflat(x, H, W): return F.pad(x, (0, 0, 0, 2)).view(H, W + 2, -1)[:, :W].permute(2, 0, 1)
+
+def _starts(rows): return [rows + i*(rows - 1) + j for i, j in _NEIGHBOURS]
+
+def _near(x, edge):
+    padded = torch.cat([edge, x, edge])
+    return torch.stack([padded.narrow(0, k, len(x)) for k in _starts(len(edge))])
+
+def _gather(x, rows):
+    out = x.new_zeros(x.shape[1] + 2*rows, x.shape[2])
+    for k, o in zip(_starts(rows), x.unbind()): out.narrow(0, k, len(o)).add_(o)
+    return out.narrow(0, rows, x.shape[1]).contiguous()
 
 # %% ../nbs/10_shortest_path.ipynb #db3316b0
 class _Near(torch.autograd.Function):
-    "Rows of the eight neighbours of each cell, `(C, B)` to `(8, C, B)`"
+    "The eight neighbours of each cell, `(C, B)` to `(8, C, B)`; `edge` is what lies beyond the first and last row"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, edge, near, back): return torch.cat([x, edge]).index_select(0, near).view(8, *x.shape)
+    def forward(x, edge): return _near(x, edge)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[2:])
+    def setup_context(ctx, inputs, output): ctx.rows = len(inputs[1])
 
     @staticmethod
-    def backward(ctx, g): return _Gather.apply(g, *ctx.saved_tensors), None, None, None
+    def backward(ctx, g): return _Gather.apply(g, ctx.rows), None
+
+    @staticmethod
+    def jvp(ctx, x, edge): return _Near.apply(x, x.new_zeros(ctx.rows, x.shape[1]))
 
 class _Gather(torch.autograd.Function):
     "Transpose of `_Near`: for each cell the sum of what lies at its place among the neighbours"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, near, back):
-        rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[2])])
-        return rows.index_select(0, back).view(x.shape).sum(0)
+    def forward(x, rows): return _gather(x, rows)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx, inputs, output): ctx.rows = inputs[1]
 
     @staticmethod
-    def backward(ctx, g): return _Near.apply(g, g.new_zeros(2, g.shape[1]), *ctx.saved_tensors), None, None
+    def backward(ctx, g): return _Near.apply(g, g.new_zeros(ctx.rows, g.shape[1])), None
+
+    @staticmethod
+    def jvp(ctx, x, rows): return _Gather.apply(x, ctx.rows)
 
 # %% ../nbs/10_shortest_path.ipynb #b8dc6ffd
+def _soft_slope(x, edge, w):
+    "Derivative of each cell's mean in each of its neighbours"
+    u = _Near.apply(x, edge)
+    return torch.softmax(u, 0)*(u - (w - 1))
+
 class _SoftSweep(torch.autograd.Function):
-    "Mean of the eight neighbours' scores, weighted with their softmax"
+    "Mean of the eight neighbours' scores, weighted with their softmax, `(C, B)` to the same"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, edge, near, back):
-        u = torch.cat([x, edge]).index_select(0, near).view(8, *x.shape)
+    def forward(x, edge):
+        u = _near(x, edge)
         return torch.softmax(u, 0).mul_(u).sum(0)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
 
     @staticmethod
-    def backward(ctx, g):
-        x, edge, near, back, w = ctx.saved_tensors
-        u = _Near.apply(x, edge, near, back)
-        slope = torch.softmax(u, 0)*torch.addcmul(g*(1 - w), u, g)
-        return _Gather.apply(slope, near, back), None, None, None
+    def backward(ctx, g): return _Gather.apply(_soft_slope(*ctx.saved_tensors)*g, len(ctx.saved_tensors[1])), None
+
+    @staticmethod
+    def jvp(ctx, x, edge):
+        return (_soft_slope(*ctx.saved_tensors)*_Near.apply(x, torch.zeros_like(ctx.saved_tensors[1]))).sum(0)
+
+# %% ../nbs/10_shortest_path.ipynb #20e273bc
+for _f in (_Near, _Gather, _SoftSweep): _f.forward.__signature__ = inspect.signature(_f.forward)
 
 # %% ../nbs/10_shortest_path.ipynb #c48193e5
 def _relaxed_distances(
@@ -363,12 +376,13 @@ def _relaxed_distances(
     n_iter:int,                   # Number of sweeps
 ) -> Float[Tensor, "8 C B"]:      # Probability that the path to a cell comes from each of its neighbours
     "Weights of the last sweep of relaxed Bellman-Ford"
-    links = _links(*cost.shape[1:], cost.device, start=True)
-    far, step = -beta*_far(cost, beta), beta*cost.flatten(1).T
-    edge = torch.cat([far, torch.zeros_like(far)])
-    score = far.expand_as(step)
-    for _ in range(n_iter - 1): score = _SoftSweep.apply(score, edge, *links) - step
-    return torch.softmax(_Near.apply(score, edge, *links), 0)
+    inside, far, step = _flat(torch.ones_like(cost[:1])), -beta*_far(cost, beta), beta*_flat(cost)
+    free = inside.clone()
+    free[0].fill_(0)
+    edge, fixed = far.expand(cost.shape[2] + 3, -1), (1 - inside)*far
+    score = fixed + free*far
+    for _ in range(n_iter - 1): score = torch.addcmul(fixed, _SoftSweep.apply(score, edge) - step, free)
+    return torch.softmax(_Near.apply(score, edge), 0)*inside
 
 def _far(cost, beta):
     "A distance beyond all others that still leaves room for second derivatives; one per grid, `(1, B)`"
@@ -383,13 +397,12 @@ _T_CONORMS = {
 }
 
 # %% ../nbs/10_shortest_path.ipynb #258e30e6
-def _trace_back(pi, join, n_iter, H, W):
+def _trace_back(pi, join, n_iter, edge):
     "Tracked path, `(C, B)`, after each step of the soft walk"
-    links = _links(H, W, pi.device)
-    at = F.pad(torch.ones_like(pi[0, :1]), (0, 0, H*W - 1, 0))
+    at = F.pad(torch.ones_like(pi[0, :1]), (0, 0, pi.shape[1] - 1, 0))
     tracked = [at]
     for _ in range(n_iter - 1):
-        at = _Gather.apply(pi*at, *links)
+        at = _Gather.apply(pi*at, edge)
         tracked.append(join(tracked[-1], at))
     return tracked
 
@@ -425,9 +438,9 @@ def relaxed_bellman_ford(
     n = H + W if n_iter is None else n_iter
     pi = _relaxed_distances(_wide(cost).reshape(-1, H, W), beta, n)
     join = lambda a, b: _T_CONORMS[t_conorm](a, b, q)
-    tracked = _trace_back(pi, join, n if loop == "for" else max_iter or n + 16, H, W)
+    tracked = _trace_back(pi, join, n if loop == "for" else max_iter or n + 16, W + 3)
     path = tracked[-1] if loop == "for" else _while_mean(torch.stack(tracked), beta, epsilon)
-    return path.T.reshape(cost.shape).to(cost.dtype)
+    return _unflat(path, H, W).reshape(cost.shape).to(cost.dtype)
 
 # %% ../nbs/10_shortest_path.ipynb #4a191e9b
 def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
