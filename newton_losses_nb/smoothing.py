@@ -105,13 +105,25 @@ def _call(algorithm, y, noise, sigma, args):
     "Results of the algorithm at the noisy points, `(N, S, ...)`"
     if not isinstance(args, (tuple, list)): raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     n, S = noise.shape[:2]
-    points = y.detach()[:, None] + sigma*noise.reshape(n, S, *y.shape[1:])
+    points = torch.add(y.detach()[:, None], noise.reshape(n, S, *y.shape[1:]), alpha=sigma)
+    return _results(algorithm, points, args, y.dtype)
+
+@torch.no_grad()
+def _results(algorithm, points, args, dtype):
+    n, S = points.shape[:2]
     per_row = (a.repeat_interleave(S, 0) if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in args)
     f = algorithm(points.flatten(0, 1), *per_row)
     if not isinstance(f, Tensor) or f.shape[:1] != (n*S,):
         raise ValueError(f"algorithm: expected a tensor with one row for each of the {n*S} rows it was given, got {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__}")
-    check_finite("algorithm's results", f)
-    return f.to(torch.promote_types(f.dtype, y.dtype)).unflatten(0, (n, S))
+    if not _capturing(): _check_results(f)
+    return f.to(torch.promote_types(f.dtype, dtype)).unflatten(0, (n, S))
+
+def _check_results(f):
+    if not f.numel() or not f.is_floating_point(): return
+    low, high = f.detach().aminmax()
+    if not (low > -torch.inf) & (high < torch.inf): check_finite("algorithm's results", f)
+
+def _capturing(): return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 # %% ../nbs/11_smoothing.ipynb #01774d07
 def _noise_for(y, n_samples, sigma, baseline, antithetic, distribution, generator, noise):
@@ -157,6 +169,36 @@ def smoothed_loss(
     return loss
 
 # %% ../nbs/11_smoothing.ipynb #c3e13ff6
+def _bend(y, g, noise, sigma, baseline, antithetic, kind):
+    "Zero, but its derivative is the estimated Hessian"
+    g, q = _minus_baseline(g, baseline, antithetic, None), _ratio_minus_1(y, noise, sigma, kind)
+    delta = (y - y.detach())[:, None]
+    slope = (g*delta).sum(-1)
+    return (g*q[..., None] + (slope*(q + 1))[..., None]*kind.score(noise - delta/sigma)/sigma).mean(1)/2
+
+class _Expansion(torch.autograd.Function):
+    "A value with an estimated gradient, and an estimated Hessian where it is asked for"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(y, loss, G, g, noise, sigma, baseline, antithetic, kind): return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, _, G, g, noise, *ctx.settings = inputs
+        ctx.save_for_backward(y, G, g, noise)
+        ctx.save_for_forward(y, G, g, noise)
+
+    @staticmethod
+    def backward(ctx, v):
+        y, G, g, noise = ctx.saved_tensors
+        if torch.is_grad_enabled(): G = G + _bend(y, g, noise, *ctx.settings)
+        return v[:, None]*G, *[None]*8
+
+    @staticmethod
+    def jvp(ctx, y, *_):
+        return ((ctx.saved_tensors[1] + _bend(ctx.saved_tensors[0], *ctx.saved_tensors[2:], *ctx.settings))*y).sum(1)
+
+# %% ../nbs/11_smoothing.ipynb #39447ec8
 def fenchel_young_loss(
     solver:Callable,              # Maps costs `(batch, ...)` to the best solutions `(batch, ...)`; needs no gradient
     y:Float[Tensor, "N ..."],     # Costs (or scores, for a maximum)
@@ -172,27 +214,30 @@ def fenchel_young_loss(
     noise:Float[Tensor, "N S m"]|None=None, # Noise to use instead, `(N, S, m)` or `(S, m)`
 ) -> Float[Tensor, "N"]:          # Loss of each sample, at least 0
     "Fenchel-Young loss of a perturbed solver (Berthet et al., NeurIPS 2020), differentiable twice"
-    loss, G, centred, noise = _fenchel_young(solver, y, y_true, n_samples, sigma, maximize, floor, baseline, antithetic, distribution, generator, noise)
-    delta, q = (y - y.detach()).flatten(1), _ratio_minus_1(y.flatten(1), noise, sigma, NOISE[distribution])
-    slope = torch.einsum("nsm,nm->ns", centred, delta)
-    return loss + (G*delta).sum(1) + (slope*q).mean(1)/2
+    loss, G, g, baseline, noise = _fenchel_young(solver, y, y_true, n_samples, sigma, maximize, floor, baseline, antithetic, distribution, generator, noise)
+    return _Expansion.apply(y.flatten(1), loss, G, g, noise, sigma, baseline, antithetic, NOISE[distribution])
 
-# %% ../nbs/11_smoothing.ipynb #39447ec8
+# %% ../nbs/11_smoothing.ipynb #36f42612
 def _fenchel_young(solver, y, y_true, n_samples, sigma, maximize, floor, baseline, antithetic, distribution, generator, noise):
-    "Loss, gradient, the gradients of the noisy copies minus their baseline, and the noise"
+    "Loss, gradient, the gradients of the noisy copies, the baseline still to be taken off them, and the noise"
     if y_true.shape != y.shape: raise ValueError(f"y_true: expected the shape of y, {tuple(y.shape)}, got {tuple(y_true.shape)}")
     noise = _noise_for(y, n_samples, sigma, baseline, antithetic, distribution, generator, noise)
     raised = (lambda c: c) if floor is None else lambda c: c.clamp(min=floor)
     w_true = y_true.detach().to(y.dtype).flatten(1)[:, None]
-    def difference(e):
-        w = _call(lambda c: _same_shape(solver(raised(c)), c), y, e, sigma, ()).flatten(2)
+    def difference(costs):
+        points = costs.view(*costs.shape[:2], *y.shape[1:])
+        w = _results(lambda c: _same_shape(solver(c), c), points, (), y.dtype).flatten(2)
         return ((w - w_true) if maximize else (w_true - w)).to(y.dtype)
-    costs = y.detach().flatten(1)[:, None] + sigma*noise
-    diff = difference(noise)
-    loss = (diff*raised(costs)).sum(-1).mean(1)
-    g = diff if floor is None else diff*(costs > floor)
-    def at_y(): return difference(torch.zeros_like(noise[:, :1]))[:, 0]
-    return loss, g.mean(1), _minus_baseline(g, baseline, antithetic, at_y), noise
+    costs = torch.add(y.detach().flatten(1)[:, None], noise, alpha=sigma)
+    raised = costs if floor is None else costs.clamp(min=floor)
+    g = difference(raised)
+    loss = torch.linalg.vecdot(g.flatten(1), raised.flatten(1))/noise.shape[1]
+    if floor is not None: g.mul_(costs > floor)
+    if baseline == "value":
+        at_y = y.detach().flatten(1)[:, None]
+        g, G, baseline = g - difference(at_y if floor is None else at_y.clamp(min=floor)), g.mean(1), "none"
+    else: G = g.mean(1)
+    return loss, G, g, baseline, noise
 
 def _same_shape(w, c):
     if w.shape != c.shape: raise ValueError(f"solver: expected solutions in the shape of the costs, {tuple(c.shape)}, got {tuple(w.shape)}")
@@ -311,8 +356,9 @@ class FenchelYoungLoss(_NoisyLoss):
 
     def derivatives(self, y, y_true, hessian=True):
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
-        loss, G, centred, noise = _fenchel_young(self.solver, y, y_true, **self.settings)
+        loss, G, g, baseline, noise = _fenchel_young(self.solver, y, y_true, **self.settings)
         if not hessian: return loss, G, None
+        centred = _minus_baseline(g, baseline, self.settings["antithetic"], None)
         A = torch.einsum("nsi,nsj->nij", centred, self.kind.score(noise))/(noise.shape[1]*self.settings["sigma"])
         return loss, G, (A + A.mT)/2
 
