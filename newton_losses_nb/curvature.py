@@ -36,6 +36,12 @@ def looking() -> bool:  # False within `unchecked()` and while a CUDA graph is b
     "May code look at the numbers in a tensor?"
     return _looking.get() and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
+# %% ../nbs/01_curvature.ipynb #34e9a991
+def _needs_plain(x):
+    "Is a transform of `torch.func`, forward-mode differentiation, `torch.compile` or a tensor of another kind at work?"
+    return (torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(x) or torch.autograd.forward_ad._current_level >= 0)
+
 # %% ../nbs/01_curvature.ipynb #b6b734a7
 def check_finite(
     name:str,   # What the tensor is, for the message

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .curvature import _needs_plain
 from .relaxations import _centred, _one_hot, _positive, _ranking_gradient, _scaled_back
 
 # %% ../nbs/03b_sorting_networks.ipynb #87e56d00
@@ -276,10 +277,6 @@ def _log_backward(G, kept, network, relaxation, steepness):
 
 # %% ../nbs/03b_sorting_networks.ipynb #b36a6c0d
 def _wires_first(g): return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-
-def _needs_plain(x):
-    return (torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
-            or torch._C._functorch.is_legacy_batchedtensor(x) or torch.autograd.forward_ad._current_level >= 0)
 
 class _Network(torch.autograd.Function):
     @staticmethod
