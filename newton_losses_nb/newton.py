@@ -16,11 +16,11 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .curvature import NonFiniteError, check_finite, check_outputs, derivatives_in_chunks
+from .curvature import NonFiniteError, check_finite, check_outputs, derivatives, derivatives_in_chunks
 from .large import HessianProducts, _check_limits, conjugate_gradient, hessian_diagonal, random_signs, rms_eigenvalue
 from .output_loss import (
     ClippedLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, _check_choice, _in_one, _no_forward_mode,
-    _OnceOnly, _spread_out, clip_per_sample, normalize_rms, scalar_step)
+    _OnceOnly, _piece, _spread_out, clip_per_sample, normalize_rms, scalar_step)
 from .pooling import Evidence, MovingAverage, Processes, Window
 from .ragged import _patterns, column_scale, ragged_fisher_solve, ragged_solve, sets_of_equal_size
 from .solve import SingularError, _SPECTRA, _damping, auto_damping, damped_solve, fisher_solve
@@ -48,7 +48,7 @@ class NewtonLoss(OutputLoss):
         probes:int|None=None,           # "diagonal" of a Hessian: random vectors (the same at each step) for an estimate; None: exact, m products
         ema:float|None=None,            # Decay of an exponential moving average of the curvature over batches, kept as one (m, m) matrix
         window:int|None=None,           # Number of batches, the present one included, to average over; for a Fisher of any m
-        on_nonfinite:str="raise",       # What NaN, infinity or a singular C + λI does: "raise", "skip" or "gradient"
+        on_nonfinite:str="raise",       # What NaN, infinity or a singular C + λI does: "raise", "skip", "gradient"; "ignore" never looks
         group="auto",                   # Processes that share the batch: "auto", a process group, or None for this one alone
     ):
         super().__init__(loss_fn, value, check, on_nonfinite, group)
@@ -77,6 +77,9 @@ def _check_settings(s):
         value = getattr(s, name)
         if value is not None and (not isinstance(value, int) or value < 1): raise ValueError(f"{name}: expected at least 1 or None, got {value!r}")
     past = [k for k in ("ema", "window") if getattr(s, k) is not None]
+    if s.on_nonfinite == "ignore":
+        if past: raise ValueError(f"{past[0]}: expected no memory of past batches with on_nonfinite='ignore', got {getattr(s, past[0])!r}")
+        if s.solver != "direct": raise ValueError(f"solver: expected 'direct' with on_nonfinite='ignore', got {s.solver!r}")
     if len(past) == 2: raise ValueError(f"window: expected either ema or window, got both, {s.ema!r} and {s.window!r}")
     if past and s.average == "sample": raise ValueError(f"{past[0]}: expected average='batch' with it, got average='sample'")
     if s.solver == "cg" and s.curvature == "hessian":
@@ -99,6 +102,9 @@ def _derivatives(self:NewtonLoss, y, mask, args, check, sound):
     if mask is not None or self.average == "sample":
         loss, G, H = _in_one(self.loss_fn, y, mask, args, True, self.chunk_size, **strict)
         return loss, G, *_usable(H, strict["finite"])
+    if sound is None and self.chunk_size is None:
+        loss, G, H = derivatives(self.loss_fn, y, *args, **strict)
+        return loss, G, H.sum(0), None
     parts = derivatives_in_chunks(self.loss_fn, y, *args, chunk_size=self.chunk_size, **strict)
     chunks = [None]*len(y) if sound is None else sound.split(self.chunk_size or len(y))
     loss, G, H, whole = zip(*(_summed(*p, s) for p, s in zip(parts, chunks)))
@@ -133,8 +139,8 @@ def _summed(loss, G, H, sound):
 @patch
 def _evidence(self:NewtonLoss, look, counts, n):
     "Gradients and summed curvature of the samples of this process, scaled where outputs are missing"
-    G, H = look.G[look.taken], look.H
-    if H is not None and (counts is not None or self.solver == "diagonal"): H = H[look.taken].sum(0)
+    G, H = look.of(look.G), look.H
+    if H is not None and (counts is not None or self.solver == "diagonal"): H = look.of(H).sum(0)
     if counts is not None:
         scale = column_scale(counts.to(G), n)
         G, H = G*scale, None if H is None else H*scale*scale if H.ndim == 1 else H*scale*scale[:, None]
@@ -147,11 +153,11 @@ def _directions(self:NewtonLoss, look, mask, n, processes):
     if self.average == "sample": return processes.together(lambda: _own_directions(self, look, mask))
     if self.solver == "cg" and self.curvature == "hessian": return _cg_directions(self, look, mask, n, processes)
     if self._shared == "gradient": return look.G
-    counts = None if mask is None else processes.sum(mask[look.taken].sum(0))
+    counts = None if mask is None else processes.sum(look.of(mask).sum(0))
     pooled, mine = (self._shared, None) if self._shared is not None else processes.share(self._evidence(look, counts, n))
     if self.history is not None and self._shared is None: pooled, mine = self._remembered(pooled, mine)
-    G = look.G[look.taken]
-    D = _solve(self, pooled, G, mine) if mask is None else _masked_solve(self, pooled, G, mask[look.taken], counts > 0)
+    G = look.of(look.G)
+    D = _solve(self, pooled, G, mine) if mask is None else _masked_solve(self, pooled, G, look.of(mask), counts > 0)
     return _spread_out(D, look)
 
 
@@ -179,10 +185,10 @@ def _damping_rule(self, pooled):
     "λ from all that is pooled, as a number or a function of (G, eigenvalues)"
     if isinstance(self.lam, str): _check_choice("lam", self.lam, ("auto",))
     elif not callable(self.lam): return self.lam
-    rule, rows = auto_damping if self.lam == "auto" else self.lam, pooled.rows.double()
-    if self.curvature == "hessian": return lambda G, eigenvalues: rule(rows, eigenvalues)
-    if self.lam == "auto" and pooled.total is not None: rows = pooled.mean.sqrt()[None]
-    return lambda G, eigenvalues: rule(rows, None)
+    rule, rows = self.lam if callable(self.lam) else auto_damping, pooled.rows
+    if self.curvature == "hessian": return lambda G, eigenvalues: rule(rows.double(), eigenvalues)
+    if rule is auto_damping and pooled.total is not None: rows = pooled.mean.sqrt()[None]
+    return lambda G, eigenvalues: rule(rows.double(), None)
 
 # %% ../nbs/02_newton.ipynb #1ce7ce6a
 def _diagonal_solve(self, c, G, rule):
@@ -211,7 +217,7 @@ def _masked_solve(self, pooled, G, mask, used):
 # %% ../nbs/02_newton.ipynb #de28578f
 def _cg_directions(self, look, mask, n, processes):
     "Directions from products with the mean Hessian of all processes"
-    rows, mine = processes.gather(look.G[look.taken])
+    rows, mine = processes.gather(look.of(look.G))
     rows = rows.double()
     local = lambda V: look.H.total(V, look.taken) if look.H is not None else torch.zeros_like(V)
     product = lambda V: processes.sum(local(V).double())/n
@@ -231,29 +237,54 @@ def _iterate(self:NewtonLoss, product, b, lam, bounded=False):
 
 def _own_directions(self, look, mask):
     "Directions from each sample's own curvature"
-    if not look.taken.any(): return torch.zeros_like(look.G)
-    G, H = look.G[look.taken], look.H[look.taken] if isinstance(look.H, Tensor) else look.H
-    if mask is None: return _spread_out(_own_solve(self, G, H, look.taken), look)
-    D, mask = torch.zeros_like(G), mask[look.taken]
+    if look.taken is not None and not look.taken.any(): return torch.zeros_like(look.G)
+    G, H = look.of(look.G), look.of(look.H) if isinstance(look.H, Tensor) else look.H
+    if mask is None: return _spread_out(_own_solve(self, G, H, look), look)
+    D, mask = torch.zeros_like(G), look.of(mask)
     for real, i in _patterns(mask):
         h = H if H is None else H[i, real] if H.ndim == 2 else H[i[:, :, None], real[:, None], real]
-        D[i, real] = _own_solve(self, G[i, real], h, look.taken)
+        D[i, real] = _own_solve(self, G[i, real], h, look)
     return _spread_out(D, look)
 
 def _finite_size(rms):
     check_finite("products of the Hessian of loss_fn", rms)
     return rms
 
-def _own_solve(self, G, H, taken):
+def _own_solve(self, G, H, look):
     if self.curvature == "fisher" and self.solver == "diagonal": return _diagonal_solve(self, G.double().square(), G, self.lam)
     if self.curvature == "fisher": return fisher_solve(G[:, None], self.lam)[:, 0]
     if self.solver == "direct": return damped_solve(H, G, self.lam, self.eigenvalues)
     if self.solver == "diagonal": return _diagonal_solve(self, H.double(), G, self.lam)
-    g, rows = G.double(), taken.nonzero()[:, 0]
-    def product(V): return H.own(torch.zeros(len(taken), G.shape[1], dtype=V.dtype, device=V.device).index_copy(0, rows, V)[None])[0][rows].double()
+    g = G.double()
+    def product(V): return look.of(H.own(_spread_out(V, look._replace(G=look.G.to(V)))[None])[0]).double()
     signs = random_signs(G.shape, g)
     rms = _finite_size(product(signs).square().mean(1, keepdim=True).sqrt())
     return self._iterate(product, g, _damping(self.lam, g[:, None], rms), isinstance(self.lam, str) or callable(self.lam)).to(G.dtype)
+
+# %% ../nbs/02_newton.ipynb #f556c250
+@patch
+def _derivatives_unseen(self:NewtonLoss, y, args, check):
+    "Losses, gradients, and Hessians: their mean over each batch, or each sample's own"
+    second, lead, step = self.curvature == "hessian", y.ndim - 2, y.shape[-2]
+    if self.chunk_size is not None: step = max(1, self.chunk_size//(y.numel()//y.shape[-1]//step))
+    reduce = (lambda H: H) if self.average == "sample" else (lambda H: H.sum(-3))
+    parts = []
+    for i in range(0, y.shape[-2], step):
+        cut = lambda a: a.narrow(lead, i, min(step, y.shape[-2] - i))
+        more = tuple(cut(a) if isinstance(a, Tensor) and a.shape[:lead+1] == y.shape[:-1] else a for a in args)
+        loss, G, H = _piece(self.loss_fn, cut(y), more, second, check)
+        parts.append((loss, G, reduce(H) if second else None))
+    loss, G, H = zip(*parts) if len(parts) > 1 else [(p,) for p in parts[0]]
+    if not second: return torch.cat(loss, -1), torch.cat(G, -2), None
+    return torch.cat(loss, -1), torch.cat(G, -2), torch.cat(H, -3) if self.average == "sample" else sum(H)
+
+@patch
+def _directions_unseen(self:NewtonLoss, loss, G, H):
+    if self.curvature == "hessian":
+        C = H if self.average == "sample" else H.double()/G.shape[-2]
+        return loss, damped_solve(C, G, self.lam, self.eigenvalues, check=False)
+    if self.average == "sample": return loss, fisher_solve(G.unsqueeze(-2), self.lam, check=False).squeeze(-2)
+    return loss, fisher_solve(G, self.lam, check=False)
 
 # %% ../nbs/02_newton.ipynb #b4f9e0dd
 def newton_direction(
@@ -285,6 +316,7 @@ def accumulated(
     batches:Iterable,  # Tuples `(y, *args)`, one for each micro-batch; evaluated without gradients
 ):
     "Within this context all calls share the curvature of these micro-batches"
+    if self.on_nonfinite == "ignore": raise ValueError("accumulated: expected another on_nonfinite, got 'ignore'")
     if self.average == "sample" or self.curvature == "hessian" and self.solver == "cg":
         raise ValueError("accumulated: expected average='batch', and for a Hessian solver='direct' or 'diagonal', got "
                          f"average={self.average!r}, solver={self.solver!r}")

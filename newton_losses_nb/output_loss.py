@@ -6,6 +6,7 @@
 __all__ = ['OutputLoss', 'clip_per_sample', 'normalize_rms', 'scalar_step', 'ClippedLoss', 'NormalizedLoss', 'ScalarStepLoss']
 
 # %% ../nbs/01f_output_loss.ipynb #6aebff06
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .curvature import NonFiniteError, check_finite, check_outputs, derivatives_in_chunks, sample_losses
+from .curvature import (
+    NonFiniteError, check_finite, check_outputs, derivatives, derivatives_in_chunks, looking, sample_losses, unchecked)
 from .pooling import Processes
 from .ragged import check_mask, ragged_derivatives, ragged_losses
 from .solve import SingularError, _damping
@@ -34,7 +36,8 @@ class _Directed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         y, grad_y = ctx.saved_tensors
-        return _OnceOnly.apply((g*grad_y).to(y.dtype), y), *[None]*ctx.others
+        grad = ((g if g.ndim == 0 else g[..., None, None])*grad_y).to(y.dtype)
+        return _OnceOnly.apply(grad, y) if torch.is_grad_enabled() else grad, *[None]*ctx.others
 
     @staticmethod
     def jvp(ctx, *tangents): raise _no_forward_mode("a Newton loss")
@@ -68,12 +71,13 @@ class OutputLoss(nn.Module):
         loss_fn:Callable,          # Per-sample loss: `loss_fn(y, *args)` has shape (N,)
         value:str="loss",          # What the scalar is: the original mean "loss", or "newton", the paper's ½‖z* − y‖²
         check:bool=True,           # Verify at the first call that samples are independent?
-        on_nonfinite:str="raise",  # What NaN, infinity or a singular C + λI does: "raise", "skip" or "gradient"
+        on_nonfinite:str="raise",  # What NaN, infinity or a singular C + λI does: "raise", "skip", "gradient"; "ignore" never looks
         group="auto",              # Processes that share the batch: "auto", a process group, or None for this one alone
     ):
         super().__init__()
         _check_choice("value", value, ("loss", "newton"))
-        _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "gradient"))
+        _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "gradient", "ignore"))
+        if on_nonfinite == "ignore": _check_alone(group)
         self.loss_fn, self.value, self.check, self.on_nonfinite, self.group = loss_fn, value, check, on_nonfinite, group
         self.skipped, self._trains = 0, False
 
@@ -83,6 +87,7 @@ class OutputLoss(nn.Module):
         _refuse_capture(self)
         self._trains = torch.is_grad_enabled() and getattr(y, "requires_grad", False)
         if self.value == "loss" and not self._trains:
+            if self.on_nonfinite == "ignore": return self._evaluate_unseen(y, mask, args)
             _check_call(y, args, mask, self)
             return self._evaluate(y, mask, args)
         return _Directed.apply(y, self, mask, *args)[0]
@@ -90,16 +95,20 @@ class OutputLoss(nn.Module):
     def direction(self, y:Float[Tensor, "N m"], *args, mask:Bool[Tensor, "N m"]|None=None, check:bool=False):
         "Losses `(N,)` and the directions `(N, m)` to send back, zero for samples that take no part"
         self._trains = False
-        return self._step(y, mask, args, check)[:2]
+        return (self._step_unseen if self.on_nonfinite == "ignore" else self._step)(y, mask, args, check)[:2]
 
 # %% ../nbs/01f_output_loss.ipynb #af043c4f
 class _Look(NamedTuple):
     "What this process sees of a batch"
     loss: Float[Tensor, "N"]
     G: Float[Tensor, "N m"]     # Gradients, zero for samples that take no part
-    taken: Bool[Tensor, "N"]    # Which samples take part
+    taken: Bool[Tensor, "N"]|None = None # Which samples take part; None: all
     H: object = None            # Second derivatives, in whatever form the direction wants them
     broken: bool = False        # Is a Hessian missing that should be there?
+
+    def of(self, x):
+        "The rows of the samples that take part"
+        return x if self.taken is None else x[self.taken]
 
 # %% ../nbs/01f_output_loss.ipynb #6b85ce99
 @patch
@@ -110,14 +119,15 @@ def _look(self:OutputLoss, y, mask, args, check):
     if not len(y): return _Look(y.new_zeros(0), y, y.new_zeros(0, dtype=torch.bool))
     sound = self._sound(y, mask)
     if sound is not None and not sound.all(): y = torch.where(sound[:, None], y, 0)
-    with torch.autocast(y.device.type, enabled=False): loss, G, H, whole = self._derivatives(y, mask, args, check, sound)
-    if sound is None: return _Look(loss, G, loss.new_ones(len(y), dtype=torch.bool) if mask is None else mask.any(1), H)
+    with _full_precision(y): loss, G, H, whole = self._derivatives(y, mask, args, check, sound)
+    if sound is None: return _Look(loss, G, None if mask is None else mask.any(1), H)
     usable = sound & loss.isfinite() & G.isfinite().all(1)
     broken = self.on_nonfinite == "gradient" and bool((usable & ~whole).any())
     usable = usable & (whole | broken)
     self.skipped += int((~usable).sum())
     taken = usable if mask is None else usable & mask.any(1)
-    return _Look(loss, G if taken.all() else torch.where(taken[:, None], G, 0), taken, H, broken)
+    if taken.all(): return _Look(loss, G, None, H, broken)
+    return _Look(loss, torch.where(taken[:, None], G, 0), taken, H, broken)
 
 # %% ../nbs/01f_output_loss.ipynb #18ae05e3
 @patch
@@ -131,8 +141,8 @@ def _step(self:OutputLoss, y, mask, args, check):
     "Losses, directions, which samples take part, and how many there are for each process"
     processes = Processes(self.group)
     look = processes.together(lambda: self._look(y, mask, args, check))
-    n, broken = processes.sum(torch.stack([look.taken.sum(), torch.tensor(int(look.broken), device=y.device)])).tolist()
-    D = look.G if broken else torch.zeros_like(look.G)
+    n, broken = _counts(look, processes)
+    D = look.G if broken or n and self.on_nonfinite == "raise" else torch.zeros_like(look.G)
     if n and not broken:
         try: D = self._directions(look, mask, n, processes)
         except (NonFiniteError, SingularError):
@@ -140,20 +150,21 @@ def _step(self:OutputLoss, y, mask, args, check):
             if self.on_nonfinite == "gradient": D = look.G
     return look.loss, D, look.taken, n/processes.size
 
-# %% ../nbs/01f_output_loss.ipynb #05aa1649
 @patch
 def _value_and_gradient(self:OutputLoss, y, mask, args):
+    if self.on_nonfinite == "ignore": return self._unseen_value_and_gradient(y, mask, args)
     loss, D, taken, n = self._step(y, mask, args, self.check)
     self.check = self.check and len(y) <= 1
     value = _mean(loss if self.value == "loss" else D.square().sum(1)/2, taken)
     return value, D/n if n else D
 
+# %% ../nbs/01f_output_loss.ipynb #05aa1649
 @patch
 def _evaluate(self:OutputLoss, y, mask, args):
     "The mean loss without any gradient"
     y, args = _compute_precision(y, args)
     finite = self.on_nonfinite == "raise"
-    with torch.autocast(y.device.type, enabled=False):
+    with _full_precision(y):
         loss = sample_losses(self.loss_fn, y, *args, finite=finite) if mask is None else ragged_losses(self.loss_fn, y, mask, *args, finite=finite)
     if finite: check_finite("y", y if mask is None else y[mask])
     taken = loss.isfinite() if finite else loss.isfinite() & self._sound(y, mask)
@@ -168,36 +179,101 @@ def _derivatives(self:OutputLoss, y, mask, args, check, sound):
 
 @patch
 def _directions(self:OutputLoss, look, mask, n, processes):
-    rows, mine = processes.gather(look.G[look.taken])
-    real = rows.shape[1] if mask is None else processes.sum(mask[look.taken].sum()).item()/n
+    rows, mine = processes.gather(look.of(look.G))
+    real = rows.shape[1] if mask is None else processes.sum(look.of(mask).sum()).item()/n
     return _spread_out(self.transform(rows, real)[mine], look)
 
 @patch
 def transform(
     self:OutputLoss,
-    G:Float[Tensor, "N m"],  # Gradients of the samples of all processes, zero at padding
-    real:float,              # Mean number of outputs of a sample that are not padding
-) -> Float[Tensor, "N m"]:   # Directions
+    G:Float[Tensor, "*batch N m"],  # Gradients of the samples of all processes, zero at padding
+    real:float,                     # Mean number of outputs of a sample that are not padding
+) -> Float[Tensor, "*batch N m"]:   # Directions
     "What is sent back for a batch of gradients"
     return G
 
 # %% ../nbs/01f_output_loss.ipynb #cb6d10f8
+@patch
+def _step_unseen(self:OutputLoss, y, mask, args, check):
+    "Losses and directions of all batches, without a look at any number"
+    _check_unseen(self, y, mask, args)
+    y, args = _compute_precision(y, args)
+    check = check and looking()
+    with unchecked(), _full_precision(y): return self._directions_unseen(*self._derivatives_unseen(y, args, check))
+
+@patch
+def _derivatives_unseen(self:OutputLoss, y, args, check):
+    "Losses, gradients, and second derivatives if wanted"
+    return *_piece(self.loss_fn, y, args, False, check)[:2], None
+
+@patch
+def _directions_unseen(self:OutputLoss, loss, G, H): return loss, self.transform(G, G.shape[-1])
+
+@patch
+def _unseen_value_and_gradient(self:OutputLoss, y, mask, args):
+    loss, D = self._step_unseen(y, mask, args, self.check)
+    self.check = self.check and not looking()
+    return (loss if self.value == "loss" else D.square().sum(-1)/2).mean(-1), D/D.shape[-2]
+
+@patch
+def _evaluate_unseen(self:OutputLoss, y, mask, args):
+    _check_unseen(self, y, mask, args)
+    y, args = _compute_precision(y, args)
+    flat, more = _flat(y, args)
+    with unchecked(), _full_precision(y): return sample_losses(self.loss_fn, flat, *more, finite=False).view(y.shape[:-1]).mean(-1)
+
+# %% ../nbs/01f_output_loss.ipynb #7ad6b228
+def _flat(y, args):
+    "Outputs (*batch, N, m) as samples (·, m), with the arguments that belong to them"
+    if y.ndim == 2: return y, args
+    mine = lambda a: isinstance(a, Tensor) and a.shape[:y.ndim-1] == y.shape[:-1]
+    return y.flatten(0, -2), tuple(a.flatten(0, y.ndim - 2) if mine(a) else a for a in args)
+
+def _piece(loss_fn, y, args, hessian, check):
+    "`derivatives` with leading dimensions"
+    flat, more = _flat(y, args)
+    loss, G, H = derivatives(loss_fn, flat, *more, hessian=hessian, check=check, finite=False)
+    return loss.view(y.shape[:-1]), G.view(y.shape), H.view(*y.shape, y.shape[-1]) if hessian else None
+
+def _check_unseen(self, y, mask, args):
+    _check_alone(self.group)
+    if mask is not None: raise ValueError("mask: expected no mask with on_nonfinite='ignore', since its patterns would have to be looked at")
+    if not isinstance(y, Tensor) or y.ndim <= 2: return _check_call(y, args, None, self)
+    if 0 in y.shape: raise ValueError(f"y: expected shape (..., N, m), batches of N samples of m outputs, got {tuple(y.shape)}")
+    _check_call(y.flatten(0, -2), args, None, self)
+
+def _check_alone(group):
+    if Processes(group).size > 1: raise ValueError("group: expected one process with on_nonfinite='ignore', since pooling counts samples; give group=None")
+
+# %% ../nbs/01f_output_loss.ipynb #9154b983
 def _in_one(loss_fn, y, mask, args, hessian, chunk_size=None, **kwargs):
     "Derivatives of all samples in one piece"
     if mask is not None: return ragged_derivatives(loss_fn, y, mask, *args, hessian=hessian, chunk_size=chunk_size, **kwargs)
+    if chunk_size is None: return derivatives(loss_fn, y, *args, hessian=hessian, **kwargs)
     loss, G, H = zip(*derivatives_in_chunks(loss_fn, y, *args, hessian=hessian, chunk_size=chunk_size, **kwargs))
     return torch.cat(loss), torch.cat(G), torch.cat(H) if hessian else None
 
+def _counts(look, processes):
+    "How many samples take part in all processes, and whether a Hessian is missing in one"
+    n = len(look.G) if look.taken is None else int(look.taken.sum())
+    if processes.size == 1: return n, look.broken
+    return processes.sum(torch.tensor([n, int(look.broken)], device=look.G.device)).tolist()
+
 def _spread_out(D, look):
     "Directions of the samples that take part, in their places among all"
-    if look.taken.all(): return D
+    if look.taken is None: return D
     return torch.zeros_like(look.G).index_copy(0, look.taken.nonzero()[:, 0], D)
 
 def _mean(x, taken):
     "Mean over the samples that take part; zero if there are none"
-    return x.mean() if len(x) and taken.all() else torch.where(taken, x, 0).sum()/taken.sum().clamp_min(1)
+    return x.mean() if taken is None or len(x) and taken.all() else torch.where(taken, x, 0).sum()/taken.sum().clamp_min(1)
 
-# %% ../nbs/01f_output_loss.ipynb #7ad6b228
+def _full_precision(y):
+    "Autocast off, where it is on"
+    on = torch.is_autocast_enabled(y.device.type) if y.device.type in ("cpu", "cuda") else True
+    return torch.autocast(y.device.type, enabled=False) if on else contextlib.nullcontext()
+
+# %% ../nbs/01f_output_loss.ipynb #36578dc5
 def _check_choice(name, value, choices):
     if value not in choices: raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
@@ -212,9 +288,9 @@ def _check_call(y, args, mask, loss):
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: raise _no_forward_mode(type(loss).__name__)
 
 def _refuse_capture(loss):
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
+    if loss.on_nonfinite != "ignore" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
         f"{type(loss).__name__} looks at the numbers of a batch (are they finite, is C + λI singular?), which a CUDA graph cannot capture; "
-        "capture the network's forward and backward pass, and call the loss between them")
+        "use on_nonfinite='ignore', or capture the network's forward and backward pass, and call the loss between them")
 
 def _no_forward_mode(name):
     return RuntimeError(f"{name} has a gradient, but no forward-mode derivative (torch.func.jvp, jacfwd, hessian); use torch.func.grad, or the plain loss")
@@ -226,9 +302,9 @@ def _compute_precision(y, args):
 
 # %% ../nbs/01f_output_loss.ipynb #ea9b8bde
 def clip_per_sample(
-    G:Float[Tensor, "N m"],   # Gradients of the samples' own losses
-    max_norm:float=1.,        # Longest row allowed
-) -> Float[Tensor, "N m"]:    # Rows of length at most `max_norm`
+    G:Float[Tensor, "*batch N m"], # Gradients of the samples' own losses
+    max_norm:float=1.,             # Longest row allowed
+) -> Float[Tensor, "*batch N m"]:  # Rows of length at most `max_norm`
     "Shorten each sample's gradient to a largest norm"
     if not max_norm > 0: raise ValueError(f"max_norm: expected a positive number, got {max_norm}")
     size = G.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
@@ -238,22 +314,22 @@ def clip_per_sample(
 
 # %% ../nbs/01f_output_loss.ipynb #561b7dbc
 def normalize_rms(
-    G:Float[Tensor, "N m"],   # Gradients of the samples' own losses
-) -> Float[Tensor, "N m"]:    # The same with a root-mean-square entry of one
+    G:Float[Tensor, "*batch N m"], # Gradients of the samples' own losses
+) -> Float[Tensor, "*batch N m"]:  # The same with a root-mean-square entry of one, in each batch
     "Divide a batch of gradients by the root mean square of all its entries"
-    size = G.abs().amax().clamp_min(torch.finfo(G.dtype).tiny)
+    size = G.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
     G = G/size
-    return G/G.square().mean().sqrt().clamp_min(torch.finfo(G.dtype).tiny)
+    return G/G.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(torch.finfo(G.dtype).tiny)
 
 # %% ../nbs/01f_output_loss.ipynb #4e1c112d
 def scalar_step(
-    G:Float[Tensor, "N m"],        # Gradients of the samples' own losses
+    G:Float[Tensor, "*batch N m"], # Gradients of the samples' own losses
     lam:float|str|Callable="auto", # Damping λ: a number, "auto", or a function of (G, None)
     outputs:float|None=None,       # m, if it is not the width of `G`: the mean number of outputs of padded samples
-) -> Float[Tensor, "N m"]:         # G / (tr F/(m − 1) + λ)
+) -> Float[Tensor, "*batch N m"]:  # G / (tr F/(m − 1) + λ)
     "Newton step for a Fisher that is the same in all directions orthogonal to the vector of ones"
     m, g = G.shape[-1] if outputs is None else outputs, G.double()
-    return (g/(g.square().sum(-1).mean()/max(m - 1, 1) + _damping(lam, g))).to(G.dtype)
+    return (g/(g.square().sum(-1).mean(-1)/max(m - 1, 1) + _damping(lam, g))[..., None, None]).to(G.dtype)
 
 # %% ../nbs/01f_output_loss.ipynb #5354aa41
 class ClippedLoss(OutputLoss):
@@ -276,7 +352,7 @@ class NormalizedLoss(OutputLoss):
     "The mean of a per-sample loss, with the batch of gradients normalised to root mean square one at the outputs"
     def transform(self, G, real):
         "Normalised gradients"
-        return normalize_rms(G)*(real/G.shape[1])**0.5
+        return normalize_rms(G)*(real/G.shape[-1])**0.5
 
 class ScalarStepLoss(OutputLoss):
     "The mean of a per-sample loss, with the Newton step of a scalar curvature at the outputs"
@@ -292,5 +368,5 @@ class ScalarStepLoss(OutputLoss):
 
     def transform(self, G, real):
         "Scalar Newton steps"
-        lam = self.lam if real == G.shape[1] or not (callable(self.lam) or self.lam == "auto") else _damping(self.lam, G.double()*(G.shape[1]/real)**0.5)
+        lam = self.lam if real == G.shape[-1] or not (callable(self.lam) or self.lam == "auto") else _damping(self.lam, G.double()*(G.shape[-1]/real)**0.5)
         return scalar_step(G, lam, real)
