@@ -7,40 +7,93 @@ __all__ = ['shortest_path', 'path_cost', 'exact_path_match', 'is_valid_path', 'r
            'path_loss']
 
 # %% ../nbs/10_shortest_path.ipynb #1d0317e6
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/10_shortest_path.ipynb #d2485afb
-def _sweep(
-    d:Tensor,     # Distances with a border of infinity, `(H+2, W+2, B)`; overwritten
-    cost:Tensor,  # Costs, `(H, W, B)`
-    row:Tensor,   # Scratch, `(H+2, W, B)`
+# %% ../nbs/10_shortest_path.ipynb #80072686
+def _slices(
+    cost:Tensor,  # Costs, `(H, W, B)`, that of the start 0
+    d:Tensor,     # Distances with a border of infinity, `(H+2, W+2, B)`
+    col:Tensor,   # Scratch, `(H, W+2, B)`
     best:Tensor,  # Scratch, `(H, W, B)`
-):
-    "Improve all distances once by the best of their 3 x 3 neighbourhood"
-    torch.minimum(d[:, :-2], d[:, 2:], out=row)
-    torch.minimum(row, d[:, 1:-1], out=row)
-    torch.minimum(row[:-2], row[2:], out=best)
-    torch.minimum(best, row[1:-1], out=best)
-    inner = d[1:-1, 1:-1]
-    torch.minimum(inner, best.add_(cost), out=inner)
+    n:int,        # How many rows and columns
+) -> tuple:
+    "What a sweep of the top left corner reads and writes"
+    h, w = min(n, cost.shape[0]), min(n, cost.shape[1])
+    up, mid, down = (d[i:i+h, :w+2] for i in range(3))
+    left, centre, right = (col[:h, j:j+w] for j in range(3))
+    return up, mid, down, col[:h, :w+2], left, centre, right, best[:h, :w], cost[:h, :w], d[1:h+1, 1:w+1]
 
-# %% ../nbs/10_shortest_path.ipynb #1bee49dd
+def _sweep(up, mid, down, col, left, centre, right, best, cost, inner):
+    "Cost of each cell plus the smallest distance in its 3 x 3 neighbourhood, in place"
+    torch.minimum(up, down, out=col)
+    torch.minimum(col, mid, out=col)
+    torch.minimum(left, right, out=best)
+    torch.minimum(best, centre, out=best)
+    torch.add(best, cost, out=inner)
+
+# %% ../nbs/10_shortest_path.ipynb #07e96802
+class _Sweeps:
+    "Value iteration on some maps at a time, in buffers that are made once"
+    def __init__(self, cost, chunk):
+        self.n, new = max(cost.shape[1:]), lambda *shape: cost.new_zeros(*shape, chunk)
+        H, W = cost.shape[1:]
+        self.cost, self.d, self.before = new(H, W), new(H + 2, W + 2), new(H, W)
+        scratch = new(H, W + 2), new(H, W)
+        corners = [_slices(self.cost, self.d, *scratch, n) for n in range(3, self.n, 3)]
+        self.corners = [o for o in corners for _ in range(3)]
+        self.whole, self.inner = _slices(self.cost, self.d, *scratch, self.n), self.d[1:-1, 1:-1]
+
+    def start(self, cost):
+        "Read the costs, `(B, H, W)` (adding 0 turns -0 into 0)"
+        torch.add(cost.permute(1, 2, 0), 0, out=self.cost[..., :len(cost)])
+        self.d.fill_(torch.inf)
+        self.d[1, 1] = self.cost[0, 0]
+        self.cost[0, 0].zero_()
+
+    def sweep(self, n):
+        "The first `n` sweeps"
+        for o in self.corners[:n]: _sweep(*o)
+        for _ in range(n - len(self.corners)): _sweep(*self.whole)
+
+    def last(self):
+        "One more sweep, which keeps the distances before it"
+        self.before.copy_(self.inner)
+        _sweep(*self.whole)
+
+    def settle(self):
+        "Sweep until nothing changes"
+        self.sweep(self.n + 1)
+        bits = {4: torch.int32, 8: torch.int64}[self.d.element_size()]
+        while True:
+            for _ in range(3): _sweep(*self.whole)
+            self.last()
+            if not (self.before.view(bits) - self.inner.view(bits)).amax(): return
+
+# %% ../nbs/10_shortest_path.ipynb #ee8e3871
 def _distances(
-    cost:Float[Tensor, "H W B"],    # Costs, the batch last
-) -> Float[Tensor, "H+2 W+2 B"]:    # Cost of the cheapest path to each cell, with a border of infinity
-    "Distances from the top left corner by value iteration"
-    H, W, B = cost.shape
-    d = cost.new_full((H + 2, W + 2, B), torch.inf)
-    d[1, 1] = cost[0, 0]
-    row, best = torch.empty_like(d[:, 1:-1]), torch.empty_like(cost)
-    while True:
-        for _ in range(5): _sweep(d, cost, row, best)
-        before = d.clone()
-        _sweep(d, cost, row, best)
-        if torch.equal(d, before): return d
+    cost:Float[Tensor, "B H W"],     # Costs, at least 0; infinite ones are walls
+    n_iter:int|None=None,            # Number of sweeps; None: until nothing changes
+) -> tuple:                          # `(B+1, H+2, W+2)`, an empty map in front, borders of infinity; which are settled
+    "Cost of the cheapest path to each cell"
+    B, H, W = cost.shape
+    d, settled = cost.new_full((B + 1, H + 2, W + 2), torch.inf), torch.ones(B, dtype=torch.bool, device=cost.device)
+    cells = 2**17//cost.element_size() if cost.device.type == "cpu" else 2**22
+    chunk = max(1, min(B, cells//(H*W)))
+    sweeps = _Sweeps(cost, chunk)
+    for k in range(0, B, chunk):
+        m = min(chunk, B - k)
+        sweeps.start(cost[k:k+m])
+        if n_iter is None: sweeps.settle()
+        else:
+            sweeps.sweep(n_iter); sweeps.last()
+            settled[k:k+m] = (sweeps.before == sweeps.inner).flatten(0, 1).all(0)[:m]
+        d[k+1:k+1+m] = sweeps.d[..., :m].permute(2, 0, 1)
+    return d, settled
 
 # %% ../nbs/10_shortest_path.ipynb #d92551bf
 _NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
@@ -101,21 +154,71 @@ def _off_plateaus(d, which, best):
     rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf) for o in _NEIGHBOURS])
     return torch.where(flat, rank.argmin(0), which)
 
+# %% ../nbs/10_shortest_path.ipynb #3bb46b12
+def _careful_walk(
+    d:Float[Tensor, "B H+2 W+2"],     # Distances with a border
+) -> Bool[Tensor, "B H W"]:           # Cells on the path
+    "The walk back by the predecessors of all cells, plateaus included"
+    d = d.permute(1, 2, 0)
+    return _walk(_off_plateaus(d, *_predecessors(d))).permute(2, 0, 1)
+
 # %% ../nbs/10_shortest_path.ipynb #6c63209d
+def _fast_walk(
+    d:Float[Tensor, "B+1 H+2 W+2"],   # Distances as `_distances` gives them; a corner of the border is overwritten
+    n_iter:int|None=None,             # Number of steps; None: until all have arrived, or met a plateau
+) -> tuple:                           # 1 on the path, `(B, H, W)`; maps that met a plateau or did not arrive, `(B,)`
+    "The walk back, looking at no cells but those beside the path"
+    B, H, W, flat = len(d) - 1, d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
+    d[1:, 0, 0].fill_(-1)
+    three = torch.arange(-1, 2, device=d.device)
+    steps = (three[:, None]*(W + 2) + three).flatten()
+    steps = torch.cat([steps[:4], steps[5:]])[:, None]
+    start = torch.arange(1, B + 1, device=d.device)*((H + 2)*(W + 2)) + W + 3
+    at = start + ((H - 1)*(W + 2) + W - 1)
+    trail, near = [at], [flat.index_select(0, at)]
+    for i in range(1, 1 + (n_iter or H*W)):
+        best, k = flat.index_select(0, (at + steps).view(-1)).view(8, B).min(0)
+        at = at + steps.view(-1).index_select(0, k)
+        trail.append(at); near.append(best)
+        if n_iter is None and i >= max(H, W) and i % 3 == 0 and ((at <= start) | (best == near[-2])).all(): break
+    path, near = torch.zeros_like(d), torch.stack(near)
+    path.view(-1).index_fill_(0, torch.cat(trail), 1)
+    return path[1:, 1:-1, 1:-1], (near[1:] == near[:-1]).any(0) | (at > start)
+
+# %% ../nbs/10_shortest_path.ipynb #9a84f485
 def shortest_path(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0
+    n_iter:int|None=None,              # Sweeps, and steps back, without a look at the numbers; None: as many as needed
 ) -> Float[Tensor, "*batch H W"]:      # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
-    _check_cost(cost)
+    if n_iter is None: _check_cost(cost)
+    elif not isinstance(n_iter, int) or n_iter < 1: raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got {n_iter!r}")
+    else: _check_grid("cost", cost)
+    if not cost.numel(): return torch.zeros_like(cost)
     H, W = cost.shape[-2:]
-    parts = [_solve(c) for c in _wide(cost.detach()).reshape(-1, H, W).split(max(1, 2**16//(H*W)))]
+    solve = _solve if n_iter is None else functools.partial(_solve_fixed, n_iter=n_iter)
+    parts = [solve(c) for c in _wide(cost.detach()).reshape(-1, H, W).split(max(1, 2**22//(H*W)))]
     return torch.cat(parts).reshape(cost.shape).to(cost.dtype)
 
 def _solve(cost):
-    d = _distances(cost.permute(1, 2, 0).contiguous())
-    if not d[-2, -2].isfinite().all(): raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, got one beyond {torch.finfo(cost.dtype).max:.1e}")
-    which, best = _predecessors(d)
-    return _walk(_off_plateaus(d, which, best)).permute(2, 0, 1)
+    d, _ = _distances(cost)
+    if not d[1:, -2, -2].isfinite().all(): raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, got one beyond {torch.finfo(cost.dtype).max:.1e}")
+    path, left = _fast_walk(d)
+    if left.any():
+        d = d[1:][left]
+        d[:, 0, 0] = torch.inf
+        path[left] = _careful_walk(d).to(path.dtype)
+    return path
+
+# %% ../nbs/10_shortest_path.ipynb #4a3ce941
+def _solve_fixed(cost, n_iter):
+    d, settled = _distances(cost, n_iter)
+    settled &= d[1:, -2, -2].isfinite()
+    i, j = (torch.arange(n, device=d.device, dtype=d.dtype) for n in cost.shape[1:])
+    easy = F.pad(torch.maximum(i[:, None], j), (1, 1, 1, 1), value=torch.inf)
+    d[1:] = torch.where(settled[:, None, None], d[1:], easy)
+    path, left = _fast_walk(d, n_iter)
+    return path.masked_fill((left | ~settled)[:, None, None], torch.nan)
 
 # %% ../nbs/10_shortest_path.ipynb #379edd60
 def _check_grid(name, x, floating=True):
@@ -127,9 +230,10 @@ def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def _check_cost(cost):
     _check_grid("cost", cost)
-    good = (cost >= 0) & cost.isfinite()
-    if good.all(): return
-    bad = cost[~good]
+    if not cost.numel(): return
+    low, high = cost.detach().aminmax()
+    if (low >= 0) & (high < torch.inf): return
+    bad = cost[~((cost >= 0) & cost.isfinite())]
     what = [f"{int(n)} {k}" for k, n in (("NaN", bad.isnan().sum()), ("infinite", bad.isinf().sum()), ("negative", (bad < 0).sum() - (bad == -torch.inf).sum())) if n]
     raise ValueError(f"cost: expected finite numbers, at least 0, got {', '.join(what)} out of {cost.numel()}")
 
@@ -161,7 +265,8 @@ def is_valid_path(
     border = F.pad(on.to(torch.int8), (0, 0, 1, 1, 1, 1))
     touches = sum(_shift(border, *o) for o in _NEIGHBOURS)
     touches[0, 0] += 1; touches[-1, -1] += 1
-    reached = _distances(torch.where(on, 1., torch.inf))[1:-1, 1:-1].isfinite()
+    walls = torch.full(on.shape, torch.inf, dtype=torch.float32, device=on.device).masked_fill_(on, 1)
+    reached = _distances(walls.permute(2, 0, 1))[0][1:, 1:-1, 1:-1].isfinite().permute(1, 2, 0)
     good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
     return (good.flatten(0, 1).all(0) & on[0, 0] & on[-1, -1]).reshape(path.shape[:-2])
 
@@ -188,33 +293,87 @@ def _same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
 
 # %% ../nbs/10_shortest_path.ipynb #18ffb4d6
-def _near(padded):
-    "The eight neighbours of each cell, in row-major order: `(B, H+2, W+2)` to `(B, 8, H, W)`"
-    H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
-    return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in _NEIGHBOURS], 1)
+def _links(
+    H:int,            # Rows
+    W:int,            # Columns
+    device,           # Where the numbers lie
+    start:bool=False, # Is the start a row of its own?
+) -> tuple:           # `(8·H·W,)` twice
+    "Rows of the neighbours of each cell, and where each cell is found among the neighbours"
+    n = H*W
+    cells = F.pad(torch.arange(n, device=device).view(H, W), (1, 1, 1, 1), value=n)
+    near = torch.stack([_shift(cells, *o) for o in _NEIGHBOURS]).view(8, n)
+    block = torch.arange(0, 8*n, n, device=device)[:, None]
+    back = torch.where(near.flip(0) < n, near.flip(0) + block, 8*n)
+    if start:
+        near = near.masked_fill(near == 0, n + 1)
+        back[:, 0].fill_(8*n)
+    return near.flatten(), back.flatten()
 
 # %% ../nbs/10_shortest_path.ipynb #db3316b0
+class _Near(torch.autograd.Function):
+    "Rows of the eight neighbours of each cell, `(C, B)` to `(8, C, B)`"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(x, edge, near, back): return torch.cat([x, edge]).index_select(0, near).view(8, *x.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx, g): return _Gather.apply(g, *ctx.saved_tensors), None, None, None
+
+class _Gather(torch.autograd.Function):
+    "Transpose of `_Near`: for each cell the sum of what lies at its place among the neighbours"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(x, near, back):
+        rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[2])])
+        return rows.index_select(0, back).view(x.shape).sum(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, g): return _Near.apply(g, g.new_zeros(2, g.shape[1]), *ctx.saved_tensors), None, None
+
+# %% ../nbs/10_shortest_path.ipynb #b8dc6ffd
+class _SoftSweep(torch.autograd.Function):
+    "Mean of the eight neighbours' scores, weighted with their softmax"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(x, edge, near, back):
+        u = torch.cat([x, edge]).index_select(0, near).view(8, *x.shape)
+        return torch.softmax(u, 0).mul_(u).sum(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, edge, near, back, w = ctx.saved_tensors
+        u = _Near.apply(x, edge, near, back)
+        slope = torch.softmax(u, 0)*torch.addcmul(g*(1 - w), u, g)
+        return _Gather.apply(slope, near, back), None, None, None
+
+# %% ../nbs/10_shortest_path.ipynb #c48193e5
 def _relaxed_distances(
     cost:Float[Tensor, "B H W"],  # Costs
     beta:float,                   # Inverse temperature
     n_iter:int,                   # Number of sweeps
-) -> Float[Tensor, "B 8 H W"]:    # Probability that the path to a cell comes from each of its neighbours
+) -> Float[Tensor, "8 C B"]:      # Probability that the path to a cell comes from each of its neighbours
     "Weights of the last sweep of relaxed Bellman-Ford"
-    far = -beta*_far(cost, beta)
-    border = F.pad(torch.zeros_like(cost), (1, 1, 1, 1), value=1.)*far
-    keep = cost.new_ones(cost.shape[-2:])
-    keep[0, 0] = 0
-    step, score = beta*cost, border + F.pad(keep*far, (1, 1, 1, 1))
-    for _ in range(n_iter):
-        u = _near(score)
-        pi = torch.softmax(u, 1)
-        score = F.pad(((pi*u).sum(1) - step)*keep, (1, 1, 1, 1)) + border
-    return pi
+    links = _links(*cost.shape[1:], cost.device, start=True)
+    far, step = -beta*_far(cost, beta), beta*cost.flatten(1).T
+    edge = torch.cat([far, torch.zeros_like(far)])
+    score = far.expand_as(step)
+    for _ in range(n_iter - 1): score = _SoftSweep.apply(score, edge, *links) - step
+    return torch.softmax(_Near.apply(score, edge, *links), 0)
 
 def _far(cost, beta):
-    "A distance beyond all others that still leaves room for second derivatives; one per grid"
+    "A distance beyond all others that still leaves room for second derivatives; one per grid, `(1, B)`"
     most = torch.finfo(cost.dtype).max/(16*max(beta, 1.))
-    return (1e4*cost.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1.)).clamp(max=most)
+    return (1e4*cost.detach().flatten(1).abs().amax(1).clamp(min=1.)).clamp(max=most)[None]
 
 # %% ../nbs/10_shortest_path.ipynb #84977be2
 _T_CONORMS = {
@@ -224,38 +383,30 @@ _T_CONORMS = {
 }
 
 # %% ../nbs/10_shortest_path.ipynb #258e30e6
-def _inflow(
-    pi:Float[Tensor, "B 8 H W"],  # Probability that the path to a cell comes from each of its neighbours
-) -> Float[Tensor, "B 8 H W"]:    # Probability with which each neighbour comes from this cell
-    "Transpose of the predecessors' weights"
-    padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
-    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W] for k, (i, j) in enumerate(_NEIGHBOURS)], 1)
-
-def _trace_back(pi, join, n_iter):
-    "Tracked path after each step of the soft walk"
-    weights = _inflow(pi)
-    at = torch.zeros_like(pi[:, 0])
-    at[:, -1, -1] = 1
+def _trace_back(pi, join, n_iter, H, W):
+    "Tracked path, `(C, B)`, after each step of the soft walk"
+    links = _links(H, W, pi.device)
+    at = F.pad(torch.ones_like(pi[0, :1]), (0, 0, H*W - 1, 0))
     tracked = [at]
     for _ in range(n_iter - 1):
-        at = (weights*_near(F.pad(at, (1, 1, 1, 1)))).sum(1)
+        at = _Gather.apply(pi*at, *links)
         tracked.append(join(tracked[-1], at))
     return tracked
 
 # %% ../nbs/10_shortest_path.ipynb #777644ae
 def _while_mean(
-    tracked:Float[Tensor, "K B H W"], # Tracked path after each step
+    tracked:Float[Tensor, "K C B"],   # Tracked path after each step, the start in front
     beta:float,                       # Inverse temperature of the loop's condition
     epsilon:float,                    # Stop when no grid goes on with more than this probability
 ) -> Float[Tensor, "B H W"]:          # Their mean, weighted with the probability of ending there
     "Result of a relaxed while-loop with a fixed number of steps"
-    start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
+    start = F.pad(tracked[:, 0], (0, 0, 1, 0))
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
     before, after = left[:-1], left[1:]
     on = before.detach().amax(1, keepdim=True) > epsilon if before.numel() else before > 0
     last = on & ~F.pad(on[1:], (0, 0, 0, 1))
     weight = (before - after)*on + after*last
-    return (weight[..., None, None]*tracked).sum(0)
+    return (weight[:, None]*tracked).sum(0)
 
 # %% ../nbs/10_shortest_path.ipynb #c1b15c77
 def relaxed_bellman_ford(
@@ -274,9 +425,9 @@ def relaxed_bellman_ford(
     n = H + W if n_iter is None else n_iter
     pi = _relaxed_distances(_wide(cost).reshape(-1, H, W), beta, n)
     join = lambda a, b: _T_CONORMS[t_conorm](a, b, q)
-    if loop == "for": path = _trace_back(pi, join, n)[-1]
-    else: path = _while_mean(torch.stack(_trace_back(pi, join, max_iter or n + 16)), beta, epsilon)
-    return path.reshape(cost.shape).to(cost.dtype)
+    tracked = _trace_back(pi, join, n if loop == "for" else max_iter or n + 16, H, W)
+    path = tracked[-1] if loop == "for" else _while_mean(torch.stack(tracked), beta, epsilon)
+    return path.T.reshape(cost.shape).to(cost.dtype)
 
 # %% ../nbs/10_shortest_path.ipynb #4a191e9b
 def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
