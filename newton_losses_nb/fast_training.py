@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEEDS', 'NeverLooks', 'CapturedStep', 'SortingFeed', 'PathFeed', 'SideBySide', 'joint_loss', 'one_adam', 'SeedRun',
-           'fit_together', 'seed_groups', 'seeds_together', 'Cost', 'step_cost', 'floor_seconds']
+           'fit_together', 'fast_settings', 'seed_groups', 'seeds_together', 'Cost', 'step_cost', 'floor_seconds']
 
 # %% ../nbs/18_fast_training.ipynb #d82b1ed6
 import contextlib
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from .curvature import NonFiniteError
 from .experiment import (FAILURES, METHODS, SortingTask, _log, _precision, _score, _title, evaluate,
@@ -193,11 +193,11 @@ def step(self:SideBySide, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "2 
     x, targets = self.feed.batch(index)
     Y = torch.stack([self.forward(net, o) for net, o in zip(self.nets, x)])
     sound = Y.detach().isfinite().flatten(1).all(1)
-    value = self.loss(torch.where(sound[:, None, None], Y, 0.), *targets)
+    value = self.loss(Y.masked_fill(~sound[:, None, None], 0.), *targets)
     value.sum().backward()
     norms = torch.stack([nn.utils.clip_grad_norm_(net.parameters(), self.max_norm) for net in self.nets])
     self.opt.step()
-    return torch.stack([torch.where(sound, value.detach(), torch.nan).to(norms.dtype), norms])
+    return torch.stack([value.detach().masked_fill(~sound, torch.nan).to(norms.dtype), norms])
 
 # %% ../nbs/18_fast_training.ipynb #9b08d4e4
 def joint_loss(
@@ -310,7 +310,7 @@ def fit_together(
     "Train the same configuration from several seeds side by side"
     c, device, K = tasks[0].config, tasks[0].device, len(tasks)
     points, seconds, seen = [*range(0, c["steps"], c["eval_every"]), c["steps"]], 0., torch.empty(0, 2, K)
-    with _settings(c["precision"], device):
+    with fast_settings(c["precision"], device):
         side = SideBySide(tasks, **fast)
         runs, data = [SeedRun(t, net) for t, net in zip(tasks, side.nets)], tasks[0].evaluation("valid")
         for step, to in zip(points, [*points[1:], None]):
@@ -326,7 +326,10 @@ def fit_together(
 
 # %% ../nbs/18_fast_training.ipynb #9eac716f
 @contextlib.contextmanager
-def _settings(precision, device):
+def fast_settings(
+    precision:str,        # "float32", "tf32", "bf16" or "float64"
+    device:torch.device,  # Where to train
+):
     "Precision, and on a GPU the fastest convolutions for the one shape that there is"
     before = torch.backends.cudnn.benchmark
     with _precision(precision, device):
@@ -384,11 +387,11 @@ class Cost(NamedTuple):
     bytes: int       # Read and written by all operations
     operations: int  # That compute something
 
-class _Traffic(TorchDispatchMode):
-    "Count operations, and the bytes they read and write"
+class _Counter(TorchDispatchMode):
+    "Count floating-point operations, bytes and operations"
     def __init__(self):
         super().__init__()
-        self.bytes = self.operations = 0
+        self.flops = self.bytes = self.operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -397,6 +400,8 @@ class _Traffic(TorchDispatchMode):
         if func.namespace in ("prim", "profiler") or name.startswith(_FREE) or not written and any(r.alias_info for r in func._schema.returns): return out
         self.bytes += _bytes([args, kwargs]) + _bytes(written if written else out)
         self.operations += 1
+        flops = flop_registry.get(func._overloadpacket)
+        self.flops += flops(*args, **(kwargs or {}), out_val=out) if flops else 0
         return out
 
 # %% ../nbs/18_fast_training.ipynb #8d0e412a
@@ -413,8 +418,8 @@ def step_cost(
     *args,          # Its arguments
 ) -> Cost:
     "Count floating-point operations, bytes and operations of a call"
-    with FlopCounterMode(display=False) as flops, _Traffic() as traffic: call(*args)
-    return Cost(flops.get_total_flops(), traffic.bytes, traffic.operations)
+    with _Counter() as counter: call(*args)
+    return Cost(counter.flops, counter.bytes, counter.operations)
 
 def floor_seconds(
     cost:Cost,             # From `step_cost`

@@ -1,0 +1,196 @@
+"""Seeds trained side by side are the runs that each would be alone, and their step never looks at a number."""
+import json
+
+import pytest
+import torch
+from tqdm.auto import tqdm
+
+from newton_losses_nb import fast_training, solve
+from newton_losses_nb.data import load_digits
+from newton_losses_nb.experiment import METHODS, SortingTask, fit, one_by_one, run_all, sorting_config
+from newton_losses_nb.fast_training import CapturedStep, Cost, NeverLooks, PathFeed, SideBySide, SortingFeed, fit_together, floor_seconds, seed_groups, seeds_together, step_cost
+from newton_losses_nb.path_experiment import PATH_LOSSES, PathTask, path_config
+from newton_losses_nb.records import read_runs
+from newton_losses_nb.terrain import load_maps
+
+SIZES = dict(train=60, valid=15, test=15)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+
+@pytest.fixture(scope="module")
+def digits(): return load_digits()
+
+@pytest.fixture(scope="module")
+def maps(): return load_maps(**SIZES)
+
+@pytest.fixture
+def make(digits, maps):
+    def make(kind, seeds=(0, 1), **config):
+        config = {"eval_every": 3, "precision": "float64"} | config
+        if kind == "sorting": return [SortingTask(sorting_config(seed=s, **{"steps": 6, "batch": 8, "eval_sets": 20, **config}), digits) for s in seeds]
+        return [PathTask(path_config(seed=s, **{"batch": 12, "epochs": 1, "samples": 3, **SIZES, **config}), maps) for s in seeds]
+    return make
+
+KINDS = [("sorting", dict(relaxation=r, method=m)) for r in ("neural_sort", "logistic") for m in METHODS]
+KINDS += [("sorting", dict(relaxation=r, method="fisher", loss=l)) for r, l in (("soft_sort", "cross_entropy"), ("cauchy", "bce"), ("gaussian", "bce_clamped"))]
+KINDS += [("paths", dict(loss="fenchel_young", method=m)) for m in METHODS]
+KINDS += [("paths", dict(loss=l, method=m)) for l in PATH_LOSSES[1:] for m in ("none", "fisher", "hessian", "hessian_abs", "clip", "clip_grad", "rms", "scalar")
+          if not (l in ("relaxed_bf", "blackbox") and m.startswith("hessian"))]
+name = lambda kind: f"{kind[0]}-{'-'.join(map(str, kind[1].values()))}" if isinstance(kind, tuple) else None
+
+def numbers(v): return torch.tensor([float("nan") if o is None else float(o) for o in v], dtype=torch.float64)
+
+def same_curves(a, b, rtol=1e-10, atol=1e-11):
+    assert a.keys() == b.keys()
+    for k in a.keys() - {"seconds"}: torch.testing.assert_close(numbers(a[k]), numbers(b[k]), rtol=rtol, atol=atol, equal_nan=True, msg=lambda s: f"{k}: {s}")
+
+def broken(task, from_step=0):
+    "The same task; its network is infinite from the start, or after so many training steps"
+    inner, state = task.make_network, {"calls": 0}
+    def make_network():
+        net = inner()
+        def spoil(module, args):
+            state["calls"] += module.training
+            if state["calls"] > from_step and module.training:
+                with torch.no_grad(): next(module.parameters()).fill_(torch.inf)
+        net.register_forward_pre_hook(spoil)
+        return net
+    task.make_network = make_network
+    return task
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_same_as_alone(make, kind):
+    "Two seeds side by side give the curves and the result of each alone"
+    kind, config = kind
+    for run, task in zip(fit_together(make(kind, **config)), make(kind, **config)):
+        curves = {}
+        result = fit(task, curves)
+        assert run.error is None
+        same_curves(run.curves, curves)
+        same_curves({k: [v] for k, v in run.result.items()}, {k: [v] for k, v in result.items()})
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if not (k[1].get("relaxation") == "logistic" and k[1]["method"].startswith("hessian"))], ids=name)
+def test_never_looks(make, kind, monkeypatch):
+    "The step, with the solver as on a GPU, can be captured"
+    kind, config = kind
+    monkeypatch.setattr(solve, "_without_lapack", lambda x: True)
+    side = SideBySide(make(kind, **config), sweeps=36)
+    first, second = side.feed.draw(2)
+    side.step(first)
+    with NeverLooks(): out = side.step(second)
+    assert out.shape == (2, 2) and out.isfinite().all()
+
+@pytest.mark.parametrize("kind", ["sorting", "paths"])
+def test_gpu_solver_gives_the_same(make, kind, monkeypatch):
+    "Fixed sweeps and solving without LAPACK change nothing beyond rounding"
+    for method in ("fisher", "hessian_abs", "hessian_clip"):
+        plain = SideBySide(make(kind, method=method)).train(3)
+        with monkeypatch.context() as m:
+            m.setattr(solve, "_without_lapack", lambda x: True)
+            torch.testing.assert_close(SideBySide(make(kind, method=method), sweeps=36).train(3), plain, rtol=1e-7, atol=1e-9)
+
+def test_too_few_sweeps_are_loud(make):
+    assert all("expected finite loss" in run.error for run in fit_together(make("paths", loss="fenchel_young"), sweeps=2))
+
+@pytest.mark.parametrize("method", ["none", "fisher", "hessian", "hessian_abs", "rms"])
+@pytest.mark.parametrize("kind", ["sorting", "paths"])
+def test_one_seed_fails(make, kind, method, tmp_path):
+    "A seed that breaks in the second interval is recorded as failed, as it is alone, and does not touch the others"
+    def tasks(): return [broken(t, 4) if t.config["seed"] == 1 else t for t in make(kind, (0, 1, 2), method=method, **({"steps": 9} if kind == "sorting" else {"epochs": 2}))]
+    alone, together = (list(run_all(tasks(), tmp_path/e.__name__, kind, show=False, engine=e)) for e in (one_by_one, seeds_together))
+    assert [r["status"] for r in together] == ["ok", "failed", "ok"] == [r["status"] for r in alone]
+    assert together[1]["error"].startswith("after step 3: step 5: expected finite loss") and alone[1]["error"].startswith("after step 3: ")
+    for a, b in zip(alone, together):
+        assert a["key"] == b["key"] and b["together"] == 3 and a.keys() | {"together"} == b.keys()
+        same_curves(a["curves"], b["curves"])
+    json.dumps(together, allow_nan=False)
+
+def test_all_seeds_fail(make):
+    runs = fit_together([broken(t) for t in make("sorting", steps=30)])
+    assert all(r.error.startswith("after step 0: step 1:") and r.curves["step"] == [0] and r.result is None for r in runs)
+
+def test_other_tasks_one_by_one(make, tmp_path):
+    "A task of another kind, or a group whose common step fails, is run alone"
+    class Other(SortingTask): pass
+    others = [Other(t.config, t.digits) for t in make("sorting", (5, 6))]
+    records = list(run_all(make("sorting") + others, tmp_path, "mixed", show=False, engine=seeds_together))
+    assert [r.get("together") for r in records] == [2, 2, None, None] and all(r["status"] == "ok" for r in records)
+
+def test_common_failure_falls_back(make, monkeypatch):
+    def fails(*args, **kwargs): raise torch.linalg.LinAlgError("no")
+    monkeypatch.setattr(fast_training, "fit_together", fails)
+    records = list(seeds_together(make("sorting"), tqdm(disable=True)))
+    assert [r["status"] for r in records] == ["ok", "ok"] and all("together" not in r for r in records)
+
+def test_interrupted(make, tmp_path):
+    "Groups that are finished are kept, and the same call goes on"
+    def stop(step, *args): raise KeyboardInterrupt
+    tasks = make("sorting", method="none") + make("sorting", method="clip")
+    tasks[3].make_network = stop
+    with pytest.raises((KeyboardInterrupt, TypeError)): list(run_all(tasks, tmp_path, "s", show=False, engine=seeds_together))
+    assert len(read_runs(tmp_path)) == 2
+    records = list(run_all(make("sorting", method="none") + make("sorting", method="clip"), tmp_path, "s", show=False, engine=seeds_together))
+    assert len(read_runs(tmp_path)) == 4 and [r["config"]["method"] for r in records] == ["none"]*2 + ["clip"]*2
+
+def test_groups(make):
+    tasks = make("sorting", (0, 1, 2)) + make("sorting", (0, 1), method="clip") + make("paths")
+    assert [len(g) for g in seed_groups(tasks)] == [3, 2, 2] and [len(g) for g in seed_groups(tasks, 2)] == [2, 1, 2, 2]
+    assert seed_groups([]) == []
+
+@pytest.mark.parametrize("kind", ["sorting", "paths"])
+def test_blocks_of_data(make, kind):
+    "The numbers do not depend on how many steps' data are chosen at a time"
+    config = dict(epochs=3) if kind == "paths" else dict(steps=15)
+    same = [fit_together(make(kind, eval_every=4, **config), block=b) for b in (1, 3, 250)]
+    for runs in same[1:]:
+        for a, b in zip(same[0], runs): same_curves(a.curves, b.curves, 0, 0)
+
+def test_learning_rate_drops(make):
+    side = SideBySide(make("paths", epochs=2))
+    assert side.task.milestones == [6, 8]
+    rates = []
+    for _ in range(10): side.train(1); rates.append(float(side.lr))
+    torch.testing.assert_close(rates, [3e-3]*6 + [3e-4]*2 + [3e-5]*2)
+
+def test_feeds(make):
+    for kind, feed in (("sorting", SortingFeed), ("paths", PathFeed)):
+        tasks = make(kind, (3, 8), precision="float32")
+        alone, ours = [t.batches() for t in tasks], feed(tasks)
+        for index in torch.cat([ours.draw(4), ours.draw(1), ours.draw(7)]):
+            x, (t,) = ours.batch(index)
+            for k, (a, (b,)) in enumerate(map(next, alone)): assert torch.equal(x[k], a) and torch.equal(t[k], b)
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_other_precisions(make, precision):
+    for run, task in zip(fit_together(make("sorting", precision=precision, method="fisher")), make("sorting", precision=precision, method="fisher")):
+        curves = {}
+        fit(task, curves)
+        same_curves(run.curves, curves, *((1e-3, 1e-5) if precision == "float32" else (.2, .05)))
+
+def test_channels_last(make):
+    a, b = (SideBySide(make("paths", loss="relaxed_bf", network="resnet18", batch=4), channels_last=o) for o in (False, True))
+    assert not a.nets[0].body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert b.nets[0].body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(a.train(2), b.train(2), rtol=1e-8, atol=1e-10)
+
+def test_captured_step_on_cpu():
+    out = CapturedStep(lambda x: x*2, [torch.zeros(2)])
+    assert torch.equal(out(torch.ones(2)), torch.full((2,), 2.))
+    with pytest.raises(ValueError, match="capture: expected inputs on a GPU, got cpu"): CapturedStep(lambda x: x, [torch.zeros(2)], capture=True)
+
+def test_cost():
+    x = torch.randn(7, 3, 8, 8)
+    conv = torch.nn.Conv2d(3, 5, 3, bias=False)
+    cost = step_cost(conv, x)
+    assert cost == Cost(2*7*5*36*27, 4*(x.numel() + conv.weight.numel() + 7*5*36), 1)
+    assert step_cost(lambda: conv(x).sum().backward()).flops == 2*cost.flops
+    assert floor_seconds(Cost(10, 40, 3), 5., 10., 2.) == (4., 6.)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS[::3], ids=name)
+def test_captured_is_the_same(make, kind):
+    kind, config = kind
+    logs = [SideBySide(make(kind, device="cuda", **config), capture=o).train(5) for o in (True, False)]
+    torch.testing.assert_close(*logs, rtol=1e-8, atol=1e-10)
