@@ -26,16 +26,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .curvature import NonFiniteError
-from .experiment import (FAILURES, METHODS, SortingTask, _log, _precision, _score, _title, evaluate,
-                                         one_by_one)
+from .experiment import (FAILURES, METHODS, SortingTask, _log, _precision, _score, _title,
+                                         evaluate, one_by_one)
 from .path_experiment import FLOOR, SIGMA, PathTask, path_loss_fn
 from .records import environment
 from .shortest_path import path_loss, shortest_path
 from .smoothing import draw_noise
 
 # %% ../nbs/18_fast_training.ipynb #8607b2f3
-_LOOKS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "masked_select", "_unique2", "unique_dim",
-          "bincount", "allclose"}
+_LOOKS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "masked_select",
+          "_unique2", "unique_dim", "bincount", "allclose"}
 
 class NeverLooks(TorchDispatchMode):
     "A context in which an operation that looks at numbers is an error"
@@ -48,10 +48,11 @@ class NeverLooks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        bad = name in _LOOKS or name.startswith("index") and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1]))
-        bad = bad or name == "lift_fresh" and args[0].ndim > 0
+        masks = lambda: [i for i in tree_leaves(args[1]) if isinstance(i, Tensor) and i.dtype == torch.bool]
+        bad = name in _LOOKS or name.startswith("index") and masks() or name == "lift_fresh" and args[0].ndim > 0
         library = "linalg_" in name and name not in ("linalg_vector_norm", "linalg_cross")
-        if bad or library and not self.lapack: raise RuntimeError(f"{name} looks at numbers, or fetches some from Python")
+        if bad or library and not self.lapack: raise RuntimeError(
+            f"{name} looks at numbers, or fetches some from Python")
         return func(*args, **(kwargs or {}))
 
 # %% ../nbs/18_fast_training.ipynb #dca0d64b
@@ -65,10 +66,12 @@ class CapturedStep:
         capture:bool|None=None,    # Record? None: on a GPU
         warm_up:int=3,             # Ordinary calls before the recording
     ):
-        self.step, self.inputs, self.generators, self.left = step, [i.clone() for i in inputs], generators, warm_up
+        self.step, self.generators, self.left = step, generators, warm_up
+        self.inputs, self.stream, self.graph, self.out = [i.clone() for i in inputs], None, None, None
         self.capture = self.inputs[0].is_cuda if capture is None else capture
-        if self.capture and not self.inputs[0].is_cuda: raise ValueError(f"capture: expected inputs on a GPU, got {self.inputs[0].device}")
-        self.stream, self.graph, self.out = torch.cuda.Stream(self.inputs[0].device) if self.capture else None, None, None
+        if self.capture and not self.inputs[0].is_cuda:
+            raise ValueError(f"capture: expected inputs on a GPU, got {self.inputs[0].device}")
+        if self.capture: self.stream = torch.cuda.Stream(self.inputs[0].device)
 
     def __call__(self, *values):
         "What the step returns; on a GPU the next call overwrites it"
@@ -113,7 +116,8 @@ class SortingFeed:
 
     def draw(self, steps:int) -> Int64[Tensor, "steps K N n digits"]:
         "Which digits the next steps take"
-        return torch.stack([torch.randint(len(self.sets.classes), (steps, *self.shape), generator=g) for g in self.streams], 1)
+        def one(g): return torch.randint(len(self.sets.classes), (steps, *self.shape), generator=g)
+        return torch.stack([one(g) for g in self.streams], 1)
 
     def batch(self, index:Int64[Tensor, "K N n digits"]) -> tuple:
         "Images `(K, N, n, 1, h, w)`, and the arguments of the loss"
@@ -131,11 +135,11 @@ class PathFeed:
         tasks:list,           # `PathTask`s that differ in the seed
         sweeps:int|None=None, # Sweeps of the exact solver; None: until nothing changes
     ):
-        first = tasks[0]
-        self.pictures, self.maps, self.dtype, self.samples = first.pictures, first.maps["train"], first.dtype, first.config["samples"]
+        first, c = tasks[0], tasks[0].config
+        self.pictures, self.maps, self.dtype, self.samples = first.pictures, first.maps["train"], first.dtype, c["samples"]
         self.streams = [_epochs(len(self.maps), t.config["batch"], t.config["seed"]) for t in tasks]
-        self.generators = [t._generator(t.config["seed"]) for t in tasks] if first.config["loss"] in SIGMA else []
-        self.loss_fn = path_loss_fn(first.config, first.grid)
+        self.generators = [t._generator(t.config["seed"]) for t in tasks] if c["loss"] in SIGMA else []
+        self.loss_fn = path_loss_fn(c, first.grid)
         if sweeps: _fix_solver(self.loss_fn, first.grid, sweeps)
 
     def draw(self, steps:int) -> Int64[Tensor, "steps K N"]:
@@ -160,7 +164,8 @@ def _fix_solver(loss_fn, grid, sweeps):
     solver = lambda y: shortest_path(y.clamp(min=FLOOR).unflatten(-1, grid), n_iter=sweeps).flatten(-2)
     if hasattr(loss_fn, "solver"): loss_fn.solver = solver
     if hasattr(loss_fn, "algorithm"): loss_fn.algorithm = solver
-    if hasattr(loss_fn, "loss_of_algorithm"): loss_fn.loss_of_algorithm = lambda y, w: path_loss(solver(y), w, kind="l1", reduction="sum")
+    if hasattr(loss_fn, "loss_of_algorithm"):
+        loss_fn.loss_of_algorithm = lambda y, w: path_loss(solver(y), w, kind="l1", reduction="sum")
 
 # %% ../nbs/18_fast_training.ipynb #84f38328
 FEEDS = {SortingTask: SortingFeed, PathTask: PathFeed}
@@ -171,14 +176,15 @@ class SideBySide:
         self,
         tasks:list,                      # Tasks that differ in the seed
         capture:bool|None=None,          # Record the step? None: on a GPU
-        channels_last:bool|None=None,    # Convolutions with the channel as the last dimension in memory? None: on a GPU
-        sweeps:int|None=None,            # Sweeps of the exact solver; None: until nothing changes, on a GPU three for each cell of a side
+        channels_last:bool|None=None,    # Weights with the channel as the last dimension in memory? None: on a GPU
+        sweeps:int|None=None,            # Sweeps of the exact solver; None: until nothing changes, on a GPU 3 max(H, W)
         block:int=250,                   # Steps whose data are chosen at a time, at most
     ):
         self.task, self.capture, self.block = tasks[0], capture, block
         c, device = self.task.config, self.task.device
         if sweeps is None and device.type == "cuda" and hasattr(self.task, "grid"): sweeps = 3*max(self.task.grid)
-        self.nets = [_channels_last(t.make_network(), device.type == "cuda" if channels_last is None else channels_last) for t in tasks]
+        if channels_last is None: channels_last = device.type == "cuda"
+        self.nets = [_channels_last(t.make_network(), channels_last) for t in tasks]
         self.feed, self.forward = FEEDS[type(self.task)](tasks, sweeps), _forward(c["precision"], device)
         self.loss = joint_loss(self.feed.loss_fn, c)
         self.max_norm = c["max_norm"] if c["method"] == "clip_grad" else torch.inf
@@ -218,20 +224,23 @@ def one_adam(
     "One Adam over the weights of all networks, in one operation"
     cuda = device.type == "cuda"
     rate = torch.tensor(lr, device=device, dtype=torch.float32 if cuda else torch.float64)
-    return rate, torch.optim.Adam([p for net in nets for p in net.parameters()], lr=rate, fused=True, capturable=cuda)
+    weights = [p for net in nets for p in net.parameters()]
+    return rate, torch.optim.Adam(weights, lr=rate, fused=True, capturable=cuda)
 
 # %% ../nbs/18_fast_training.ipynb #16a58528
 def _forward(precision, device):
     "How to run a network; the cache of autocast would not survive a recording"
+    half = precision == "bf16"
     def forward(net, x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False): y = net(x)
-        return y.float() if precision == "bf16" else y
+        with torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False): y = net(x)
+        return y.float() if half else y
     return forward
 
 def _channels_last(net, wanted):
     "Weights of convolutions with the channel last in memory, where that makes a difference"
     for m in net.modules() if wanted else ():
-        if isinstance(m, nn.Conv2d) and min(m.weight.shape) > 1: m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
+        if not isinstance(m, nn.Conv2d) or min(m.weight.shape) == 1: continue
+        m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
     return net
 
 # %% ../nbs/18_fast_training.ipynb #532c7833
@@ -263,7 +272,8 @@ def _draw(self:SideBySide):
     c = self.task.config
     end = min(c["steps"], self.done - self.done % c["eval_every"] + c["eval_every"])
     block = self.feed.draw(min(self.block, end - self.done))
-    return block.pin_memory().to(self.task.device, non_blocking=True) if self.task.device.type == "cuda" else block
+    if self.task.device.type != "cuda": return block
+    return block.pin_memory().to(self.task.device, non_blocking=True)
 
 @patch
 def _take(self:SideBySide, most):
@@ -292,14 +302,18 @@ class SeedRun:
     def look(self, step, seconds, seen, data, forward):
         "Check the losses and norms seen since the last time, and evaluate"
         for i in (~seen.isfinite().all(1)).nonzero()[:1, 0].tolist(): raise NonFiniteError(
-            f"step {step - len(seen) + i + 1}: expected finite loss and gradient of the parameters, got {seen[i, 0]:.3g} and norm {seen[i, 1]:.3g}")
-        score = _log(self.curves, self.task.time(step), seconds, list(seen), _score(self.task, self.net, data, forward))
+            f"step {step - len(seen) + i + 1}: expected finite loss and gradient of the parameters, "
+            f"got {seen[i, 0]:.3g} and norm {seen[i, 1]:.3g}")
+        scores = _score(self.task, self.net, data, forward)
+        score = _log(self.curves, self.task.time(step), seconds, list(seen), scores)
         if score > self.best[0]: self.best = score, step, copy.deepcopy(self.net.state_dict())
 
     def finish(self, data, forward):
         "Score the best weights on the test data"
         self.net.load_state_dict(self.best[2])
-        self.result = {"best_step": self.best[1], "valid_exact_match": self.best[0], **evaluate(self.task, self.net, data, forward)[0]}
+        score, step, _ = self.best
+        scores = evaluate(self.task, self.net, data, forward)[0]
+        self.result = {"best_step": step, "valid_exact_match": score, **scores}
 
 # %% ../nbs/18_fast_training.ipynb #0d1d8d0e
 def fit_together(
@@ -314,7 +328,8 @@ def fit_together(
         side = SideBySide(tasks, **fast)
         runs, data = [SeedRun(t, net) for t, net in zip(tasks, side.nets)], tasks[0].evaluation("valid")
         for step, to in zip(points, [*points[1:], None]):
-            for run, own in zip(runs, seen.unbind(-1)): run.attempt(lambda: run.look(step, seconds/K, own, data, side.forward))
+            for run, own in zip(runs, seen.unbind(-1)):
+                run.attempt(lambda: run.look(step, seconds/K, own, data, side.forward))
             progress(step, runs)
             if to is None or all(run.error for run in runs): break
             start = time.perf_counter()
@@ -343,8 +358,9 @@ def seed_groups(
     at_most:int|None=None,  # Largest group; None: any
 ) -> list[list]:            # Groups of tasks
     "Tasks whose configurations differ in the seed only, together"
+    kind = lambda t: (type(t), t.source, json.dumps(t.config | {"seed": None}, sort_keys=True))
     groups = {}
-    for t in tasks: groups.setdefault((type(t), t.source, json.dumps(t.config | {"seed": None}, sort_keys=True)), []).append(t)
+    for t in tasks: groups.setdefault(kind(t), []).append(t)
     return [g[i:i + (at_most or len(g))] for g in groups.values() for i in range(0, len(g), at_most or len(g))]
 
 # %% ../nbs/18_fast_training.ipynb #c20f2677
@@ -359,7 +375,8 @@ def seeds_together(
         bar.set_description(f"{len(group)} seeds together: {_title(group[0].config)}")
         start, runs = time.perf_counter(), None
         if type(group[0]) in FEEDS:
-            with contextlib.suppress(*FAILURES): runs = fit_together(group, _advance_all(bar, len(group)), **fast)
+            progress = _advance_all(bar, len(group))
+            with contextlib.suppress(*FAILURES): runs = fit_together(group, progress, **fast)
         seconds = (time.perf_counter() - start)/len(group)
         if runs is None: yield from one_by_one(group, bar)
         else: yield from (_record(run, seconds, len(group)) for run in runs)
@@ -368,16 +385,18 @@ def seeds_together(
 def _record(run, seconds, together):
     "The record of a run that was trained with others"
     t = run.task
-    return {"format": 1, "key": t.key, "status": "failed" if run.error else "ok", "error": run.error, "config": t.config,
-            "data_source": t.source, **environment(t.config["device"]), "curves": run.curves, "result": run.result, "together": together,
-            "seconds": round(seconds, 3), "finished": datetime.now(timezone.utc).isoformat(timespec='seconds')}
+    return {"format": 1, "key": t.key, "status": "failed" if run.error else "ok", "error": run.error,
+            "config": t.config, "data_source": t.source, **environment(t.config["device"]),
+            "curves": run.curves, "result": run.result, "together": together, "seconds": round(seconds, 3),
+            "finished": datetime.now(timezone.utc).isoformat(timespec='seconds')}
 
 def _advance_all(bar, K):
     "Move a progress bar to where a group is"
     start = bar.n
     def progress(step, runs):
         bar.n = start + step*K
-        bar.set_postfix_str(", ".join("failed" if r.error else f"{r.curves['exact_match'][-1]:.1%}" for r in runs))
+        now = ("failed" if r.error else f"{r.curves['exact_match'][-1]:.1%}" for r in runs)
+        bar.set_postfix_str(", ".join(now))
     return progress
 
 # %% ../nbs/18_fast_training.ipynb #23d1fa2c
@@ -397,7 +416,8 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         written = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
-        if func.namespace in ("prim", "profiler") or name.startswith(_FREE) or not written and any(r.alias_info for r in func._schema.returns): return out
+        view = not written and any(r.alias_info for r in func._schema.returns)
+        if view or func.namespace in ("prim", "profiler") or name.startswith(_FREE): return out
         self.bytes += _bytes([args, kwargs]) + _bytes(written if written else out)
         self.operations += 1
         flops = flop_registry.get(func._overloadpacket)
@@ -405,12 +425,14 @@ class _Counter(TorchDispatchMode):
         return out
 
 # %% ../nbs/18_fast_training.ipynb #8d0e412a
-_FREE = ("empty", "new_empty", "detach", "lift", "_unsafe_view", "_local_scalar", "is_", "sym_", "stride", "size")
+_FREE = ("empty", "new_empty", "detach", "lift", "_unsafe_view", "_local_scalar",
+         "is_", "sym_", "stride", "size")
 
 def _bytes(tree):
     "Bytes of all tensors; what is repeated by a stride of zero counts once"
     distinct = lambda t: [n for n, s in zip(t.shape, t.stride()) if s]
-    return sum(torch.Size(distinct(t)).numel()*t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    return sum(torch.Size(distinct(t)).numel()*t.element_size() for t in tensors)
 
 # %% ../nbs/18_fast_training.ipynb #73f985d4
 def step_cost(
@@ -426,6 +448,6 @@ def floor_seconds(
     flops_per_s:float,     # What the device can compute in a second
     bytes_per_s:float,     # What its memory can deliver in a second
     launch_s:float=0.,     # Time to start an operation
-) -> tuple[float, float]:  # Seconds for computing and memory, whichever is longer; seconds for starting operations
+) -> tuple[float, float]:  # Seconds for computing or memory, the longer; seconds for starting operations
     "The least time that a call can take"
     return max(cost.flops/flops_per_s, cost.bytes/bytes_per_s), cost.operations*launch_s
