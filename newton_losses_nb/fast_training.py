@@ -28,9 +28,8 @@ from torch.utils.flop_counter import flop_registry
 from .curvature import NonFiniteError
 from .experiment import (FAILURES, METHODS, SortingTask, _log, _precision, _score, _title,
                                          evaluate, one_by_one)
-from .path_experiment import FLOOR, SIGMA, PathTask, path_loss_fn
+from .path_experiment import SIGMA, PathTask, path_loss_fn
 from .records import environment
-from .shortest_path import path_loss, shortest_path
 from .smoothing import draw_noise
 
 # %% ../nbs/18_fast_training.ipynb #8607b2f3
@@ -139,8 +138,7 @@ class PathFeed:
         self.pictures, self.maps, self.dtype, self.samples = first.pictures, first.maps["train"], first.dtype, c["samples"]
         self.streams = [_epochs(len(self.maps), t.config["batch"], t.config["seed"]) for t in tasks]
         self.generators = [t._generator(t.config["seed"]) for t in tasks] if c["loss"] in SIGMA else []
-        self.loss_fn = path_loss_fn(c, first.grid)
-        if sweeps: _fix_solver(self.loss_fn, first.grid, sweeps)
+        self.loss_fn = path_loss_fn(c, first.grid, n_iter=sweeps)
 
     def draw(self, steps:int) -> Int64[Tensor, "steps K N"]:
         "Which maps the next steps take"
@@ -158,14 +156,6 @@ def _epochs(n, batch, seed):
     "Endless stream of batches of numbers below `n`, in a new order each epoch"
     generator = torch.Generator().manual_seed(seed)
     while True: yield from torch.randperm(n, generator=generator)[:n//batch*batch].split(batch)
-
-def _fix_solver(loss_fn, grid, sweeps):
-    "Let a loss solve with a fixed number of sweeps"
-    solver = lambda y: shortest_path(y.clamp(min=FLOOR).unflatten(-1, grid), n_iter=sweeps).flatten(-2)
-    if hasattr(loss_fn, "solver"): loss_fn.solver = solver
-    if hasattr(loss_fn, "algorithm"): loss_fn.algorithm = solver
-    if hasattr(loss_fn, "loss_of_algorithm"):
-        loss_fn.loss_of_algorithm = lambda y, w: path_loss(solver(y), w, kind="l1", reduction="sum")
 
 # %% ../nbs/18_fast_training.ipynb #84f38328
 FEEDS = {SortingTask: SortingFeed, PathTask: PathFeed}

@@ -21,8 +21,8 @@ from .curvature import check_finite
 from .experiment import CLIPPED, DAMPED, METHODS, PRECISIONS, Task
 from . import models
 from .models import PATH_NETWORKS
-from .shortest_path import (_T_CONORMS, cost_optimality, exact_path_match, path_cost, path_loss, regret,
-                                            relaxed_bellman_ford, shortest_path)
+from .relaxed_paths import _T_CONORMS, path_loss, relaxed_bellman_ford
+from .shortest_path import cost_optimality, exact_path_match, path_cost, regret, shortest_path
 from .smoothing import BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, draw_noise
 
 # %% ../nbs/14_path_experiment.ipynb #85fbda2b
@@ -32,18 +32,20 @@ FLOOR = 1e-3
 def flat_shortest_path(
     y:Float[Tensor, "*batch m"],  # Costs, flat; those below `FLOOR` are raised to it
     grid:tuple,                   # Height and width of the map, H·W = m
+    n_iter:int|None=None,         # Sweeps without a look at the numbers, see `shortest_path`; None: as many as needed
 ) -> Float[Tensor, "*batch m"]:   # Shortest paths, flat
     "Exact solver for flat costs that may be negative"
-    return shortest_path(y.clamp(min=FLOOR).unflatten(-1, grid)).flatten(-2)
+    return shortest_path(y.clamp(min=FLOOR).unflatten(-1, grid), n_iter).flatten(-2)
 
 # %% ../nbs/14_path_experiment.ipynb #a4338aad
 def path_loss_fn(
     config:dict,          # From `path_config`
     grid:tuple,           # Height and width of the map
     generator:torch.Generator|None=None, # Source of noise
+    n_iter:int|None=None, # Sweeps of the exact solver, see `flat_shortest_path`
 ) -> Callable:            # Per-sample loss of flat costs and flat true paths
     "The loss that a configuration names"
-    solver = functools.partial(flat_shortest_path, grid=grid)
+    solver = functools.partial(flat_shortest_path, grid=grid, n_iter=n_iter)
     compare = functools.partial(path_loss, kind=config["kind"] or "l1", reduction="sum")
     noise = dict(n_samples=config["samples"], sigma=config["sigma"], generator=generator)
     if config["loss"] == "fenchel_young": return FenchelYoungLoss(solver, floor=FLOOR, **noise)

@@ -25,7 +25,8 @@ from torch.utils import benchmark
 
 from .curvature import per_sample_hessian
 from .newton import NewtonLoss
-from .shortest_path import relaxed_bellman_ford, shortest_path
+from .relaxed_paths import relaxed_bellman_ford
+from .shortest_path import shortest_path
 from .smoothing import FenchelYoungLoss
 from .sorting import SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation
 from .speed import _flat_solver, _like, _measured, _random, _threads

@@ -37,7 +37,8 @@ from .curvature import per_sample_hessian
 from .experiment import METHODS, sorting_config, sorting_loss, train_step
 from .models import NETWORKS, make_network
 from .records import append_run, environment, open_results, read_runs, run_key
-from .shortest_path import relaxed_bellman_ford, shortest_path
+from .relaxed_paths import relaxed_bellman_ford
+from .shortest_path import shortest_path
 from .smoothing import FenchelYoungLoss
 from .sorting import SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation
 

@@ -1,0 +1,117 @@
+"""Shortest paths against networkx, and the promises that a user of the path losses relies on, on many random inputs."""
+import networkx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from newton_losses_nb.newton import NewtonLoss
+from newton_losses_nb.relaxed_paths import path_loss, relaxed_bellman_ford
+from newton_losses_nb.shortest_path import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
+from newton_losses_nb.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
+
+fast = settings(deadline=None, max_examples=30)
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+COSTS = {
+    "continuous": lambda shape, g: torch.rand(shape, generator=g, dtype=torch.float64) + 1e-3,
+    "tied": lambda shape, g: torch.tensor([0.8, 1.2, 5.3, 7.7, 9.2]).half().double()[torch.randint(5, shape, generator=g)],
+    "free": lambda shape, g: torch.randint(0, 3, shape, generator=g).double(),
+    "extreme": lambda shape, g: 10**(torch.rand(shape, generator=g, dtype=torch.float64)*40 - 20),
+}
+
+def networkx_cost(cost):
+    H, W = cost.shape
+    graph = networkx.DiGraph()
+    graph.add_node((0, 0))
+    for i in range(H):
+        for j in range(W):
+            for a in range(max(i - 1, 0), min(i + 2, H)):
+                for b in range(max(j - 1, 0), min(j + 2, W)):
+                    if (a, b) != (i, j): graph.add_edge((i, j), (a, b), weight=float(cost[a, b]))
+    return float(cost[0, 0]) + networkx.dijkstra_path_length(graph, (0, 0), (H - 1, W - 1))
+
+@pytest.mark.parametrize("kind", COSTS)
+@given(size=sizes, seed=st.integers(0, 2**20))
+@fast
+def test_cheapest(kind, size, seed):
+    cost = COSTS[kind]((3, *size), torch.Generator().manual_seed(seed))
+    path = shortest_path(cost)
+    assert is_valid_path(path).all() and cost_optimality(cost, path).all()
+    assert_close(path_cost(cost, path), torch.tensor([networkx_cost(c) for c in cost], dtype=torch.float64), rtol=1e-12, atol=0)
+
+@given(seed=st.integers(0, 2**20))
+@fast
+def test_official_rule(seed):
+    "Where several neighbours are equally near, the first in row-major order comes before"
+    cost = COSTS["tied"]((9, 9), torch.Generator().manual_seed(seed))
+    d = torch.full((11, 11), torch.inf, dtype=torch.float64)
+    d[1, 1] = cost[0, 0]
+    for _ in range(81):
+        for i in range(9):
+            for j in range(9): d[i+1, j+1] = min(d[i+1, j+1], cost[i, j] + d[i:i+3, j:j+3].min())
+    at, path = (8, 8), torch.zeros(9, 9, dtype=torch.float64)
+    while True:
+        path[at] = 1
+        if at == (0, 0): break
+        around = [(at[0] + a, at[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+        at = min(around, key=lambda o: d[o[0] + 1, o[1] + 1].item())
+    assert_close(shortest_path(cost), path)
+
+@given(seed=st.integers(0, 2**20))
+@fast
+def test_scores_agree(seed):
+    g = torch.Generator().manual_seed(seed)
+    cost, guess = COSTS["tied"]((20, 8, 8), g), COSTS["continuous"]((20, 8, 8), g)
+    label, path = shortest_path(cost), shortest_path(guess)
+    assert (regret(cost, path) >= -1e-9).all()
+    assert (~exact_path_match(path, label) | cost_optimality(cost, path)).all()
+
+@pytest.mark.parametrize("scale,beta", [(1e-3, 1e3), (1., 0.1), (1., 10.), (1., 200.), (1e3, 1e-2), (1e3, 10.)])
+@pytest.mark.parametrize("loop", ["for", "while"])
+def test_relaxed_is_finite(scale, beta, loop):
+    "Values, gradients and some rows of the Hessian in float32"
+    cost = (scale*(torch.rand(8, 12, 12, generator=torch.Generator().manual_seed(0)) + 0.1)).requires_grad_()
+    out = relaxed_bellman_ford(cost, beta, loop=loop)
+    g, = torch.autograd.grad(path_loss(out, shortest_path(cost), "l2").sum(), cost, create_graph=True)
+    h, = torch.autograd.grad(g[:, 5, 5].sum(), cost)
+    assert out.isfinite().all() and g.isfinite().all() and h.isfinite().all()
+    assert (out >= -1e-5).all() and (out <= 1 + 1e-5).all()
+
+def flat(c): return shortest_path(c.clamp(min=1e-3).unflatten(-1, (6, 6))).flatten(-2)
+
+LOSSES = {
+    "fenchel_young": lambda **k: FenchelYoungLoss(flat, floor=1e-3, **k),
+    "smoothed_loss": lambda **k: SmoothedLoss(lambda y, w: path_loss(flat(y), w), **k),
+    "smoothed_algorithm": lambda **k: SmoothedAlgorithmLoss(flat, lambda a, w: path_loss(a, w, "l2"), **k),
+}
+
+@pytest.mark.parametrize("curvature,eigenvalues", [("fisher", "raw"), ("hessian", "raw"), ("hessian", "abs"), ("hessian", "clip")])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_newton(name, curvature, eigenvalues, dtype):
+    g = torch.Generator().manual_seed(0)
+    y, w = torch.rand(7, 36, generator=g).to(dtype) + 0.2, flat(torch.rand(7, 36, generator=g)).to(dtype)
+    y.requires_grad_()
+    loss = NewtonLoss(LOSSES[name](n_samples=6, generator=torch.Generator().manual_seed(1)), curvature, eigenvalues=eigenvalues)
+    loss(y, w).backward()
+    assert y.grad.isfinite().all() and y.grad.dtype == dtype
+
+@given(seed=st.integers(0, 2**20), floor=st.sampled_from([None, 1e-3, 0.5]))
+@fast
+def test_fenchel_young_gradient(seed, floor):
+    "With the noise held fixed, the gradient is the derivative of the value, and the value is not negative"
+    g = torch.Generator().manual_seed(seed)
+    solver = lambda c: shortest_path(c.clamp(min=1e-3).unflatten(-1, (3, 3))).flatten(-2)
+    y, noise = torch.rand(1, 9, generator=g, dtype=torch.float64) + 1, torch.randn(1, 5, 9, generator=g, dtype=torch.float64)
+    w = solver(torch.rand(1, 9, generator=g, dtype=torch.float64) + 0.1)
+    value = lambda y: fenchel_young_loss(solver, y, w, sigma=0.3, noise=noise, floor=floor)
+    G, = torch.autograd.grad(value(y.requires_grad_()).sum(), y)
+    num = torch.stack([(value(y.detach() + 1e-7*o) - value(y.detach() - 1e-7*o))/2e-7 for o in torch.eye(9, dtype=torch.float64)], 1)
+    assert_close(G, num, rtol=1e-5, atol=1e-5)
+    assert floor is None or (value(y) >= 0).all()
+
+def test_generator_leaves_the_global_one_alone():
+    before = torch.get_rng_state()
+    smoothed_algorithm(flat, torch.rand(2, 36, generator=torch.Generator().manual_seed(0)), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(before, torch.get_rng_state())
