@@ -22,7 +22,7 @@ def _centred(
     limit:float=1e15,             # Largest size of the result
     offset:bool=True,             # Take the common offset off? For what only looks at differences it may stay
 ) -> tuple[Float[Tensor, "*batch n"], float|Float[Tensor, "*batch 1"]]: # Scaled scores without their offset, and the factor that was used
-    "Scores around zero, times a factor that is lowered where the result would not be finite"
+    "Scores without their common offset, times a factor that is lowered where the result would not be finite"
     if not isinstance(s, Tensor) or not s.is_floating_point() or s.ndim == 0 or s.shape[-1] == 0:
         raise ValueError(f"s: expected floating-point scores of shape (..., n), n ≥ 1, got {_describe(s)}")
     s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s

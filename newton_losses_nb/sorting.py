@@ -33,7 +33,7 @@ class SortingLoss(nn.Module):
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
         network:str="odd_even",       # Comparisons of a sorting network
-        fuse:bool=False,              # Let `torch.compile` fuse the derivatives? Takes a while at first, and a compiler
+        fuse:bool=False,              # Let `torch.compile` fuse the derivatives of NeuralSort and SoftSort? Takes a while at first, and a compiler
     ):
         super().__init__()
         choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **_SIGMOIDS}
