@@ -26,7 +26,7 @@ def _centred(
     if not isinstance(s, Tensor) or not s.is_floating_point() or s.ndim == 0 or s.shape[-1] == 0:
         raise ValueError(f"s: expected floating-point scores of shape (..., n), n ≥ 1, got {_describe(s)}")
     s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
-    if looking() and len(s) and not torch._C._functorch.is_functorch_wrapped_tensor(s):
+    if looking() and s.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(s):
         low, high = (o.item() for o in s.detach().aminmax())
         if (high - low)*gain <= limit and abs(high) <= limit:
             z = s - s[..., :1].detach() if offset else s

@@ -110,7 +110,8 @@ def _walk_forward(cost, beta, n_iter, steps):
 
 def _softly(u, e):
     "Softmax of `u` but for its denominator, into `e`; returns the denominator"
-    return torch.sub(u, u.amax(0), out=e).clamp_min_(-50.).exp_().sum(0)
+    torch.sub(u, u.amax(0), out=e).clamp_min_(-50.).exp_()
+    return torch.threshold_(e, 2e-22, 0.).sum(0)
 
 def _flow(pi, steps, flat, u):
     "The soft walk from the bottom right corner"

@@ -147,7 +147,7 @@ def _derivatives(self:SortingLoss, s, P_true, hessian):
         return network_derivatives(s, P_true, self.kind, self.network, self.relaxation, self.steepness, hessian)
     z, gain = _centred(s, 1/self.tau)
     n, T = z.shape[-1], P_true.to(z.dtype)
-    if n == 1: return z.new_zeros(len(z)), z.new_zeros(z.shape), z.new_zeros(*z.shape, 1) if hessian else None
+    if n == 1: return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(*z.shape, 1) if hessian else None
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
     loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(), _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
