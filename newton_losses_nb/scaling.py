@@ -198,8 +198,8 @@ def draw_curves(
     for column, variable in zip(axes.T, variables):
         for name, t in table[table.variable == variable].groupby("curve", sort=False):
             column[0].loglog(t["size"], t.time*1e3, "o-", label=name)
-            column[1].loglog(t["size"], t.bytes/2**20, "o-")
-        column[0].legend(fontsize=7)
+            column[1].loglog(t["size"], t.bytes/2**20, "o-", label=name)
+        column[1].legend(fontsize=7, loc="lower right")
         column[1].set_xlabel(variable)
     axes[0, 0].set_ylabel("milliseconds")
     axes[1, 0].set_ylabel("peak memory, MiB")
