@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HEAVY = ("pandas", "matplotlib", "scipy", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk", "algovision", "pyepo")
+HEAVY = ("pandas", "matplotlib", "scipy", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk", "algovision", "pyepo", "numba", "rustworkx")
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
-@pytest.mark.parametrize("module", ["splitting", "curvature", "newton", "sorting", "shortest_path", "smoothing", "more_sorting", "cli"])
+@pytest.mark.parametrize("module", ["splitting", "curvature", "newton", "relaxations", "sorting_networks", "sorting", "shortest_path", "relaxed_paths",
+                                    "smoothing", "more_sorting", "cli"])
 def test_light_import(module):
     out = python(f"import newton_losses_nb.{module}, sys; print([m for m in {HEAVY} if m in sys.modules])")
     assert out.returncode == 0, out.stderr
