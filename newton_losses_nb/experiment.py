@@ -28,15 +28,15 @@ from .sorting import SortingLoss, element_match, exact_match, true_permutation
 
 # %% ../nbs/07_experiment.ipynb #95ec6a36
 METHODS = {
-    "none":         lambda fn, lam, max_norm: OutputLoss(fn),
-    "fisher":       lambda fn, lam, max_norm: NewtonLoss(fn, "fisher", lam),
-    "hessian":      lambda fn, lam, max_norm: NewtonLoss(fn, "hessian", lam),
-    "hessian_abs":  lambda fn, lam, max_norm: NewtonLoss(fn, "hessian", lam, eigenvalues="abs"),
-    "hessian_clip": lambda fn, lam, max_norm: NewtonLoss(fn, "hessian", lam, eigenvalues="clip"),
-    "clip":         lambda fn, lam, max_norm: ClippedLoss(fn, max_norm),
-    "rms":          lambda fn, lam, max_norm: NormalizedLoss(fn),
-    "scalar":       lambda fn, lam, max_norm: ScalarStepLoss(fn, lam),
-    "clip_grad":    lambda fn, lam, max_norm: OutputLoss(fn),
+    "none":         lambda fn, lam, max_norm, **kw: OutputLoss(fn, **kw),
+    "fisher":       lambda fn, lam, max_norm, **kw: NewtonLoss(fn, "fisher", lam, **kw),
+    "hessian":      lambda fn, lam, max_norm, **kw: NewtonLoss(fn, "hessian", lam, **kw),
+    "hessian_abs":  lambda fn, lam, max_norm, **kw: NewtonLoss(fn, "hessian", lam, eigenvalues="abs", **kw),
+    "hessian_clip": lambda fn, lam, max_norm, **kw: NewtonLoss(fn, "hessian", lam, eigenvalues="clip", **kw),
+    "clip":         lambda fn, lam, max_norm, **kw: ClippedLoss(fn, max_norm, **kw),
+    "rms":          lambda fn, lam, max_norm, **kw: NormalizedLoss(fn, **kw),
+    "scalar":       lambda fn, lam, max_norm, **kw: ScalarStepLoss(fn, lam, **kw),
+    "clip_grad":    lambda fn, lam, max_norm, **kw: OutputLoss(fn, **kw),
 }
 DAMPED = ("fisher", "hessian", "hessian_abs", "hessian_clip", "scalar")
 CLIPPED = ("clip", "clip_grad")
