@@ -53,7 +53,7 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, value, grad_y):
         ctx.save_for_backward(y, grad_y)
-        return value.view_as(value)
+        return value.clone()
 
     @staticmethod
     def backward(ctx, g): return _sent_back(g, *ctx.saved_tensors), None, None

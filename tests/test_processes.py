@@ -230,7 +230,7 @@ def bench(*argv, env=ENV):
     return done.returncode, done.stdout, done.stderr
 
 def test_engine_mistakes(tmp_path):
-    assert bench("--engine", "spark")[0::2] == (2, "nl_bench sorting: engine: expected local or ray, got 'spark'\n")
+    assert bench("--engine", "spark")[0::2] == (2, "nl_bench sorting: engine: expected local, together or ray, got 'spark'\n")
     assert "expected ray with an address" in bench("--jobs", 2)[2]
     assert "engine: expected local under torchrun" in bench("--engine", "ray", env=ENV | {"WORLD_SIZE": "2"})[2]
     (tmp_path/"sitecustomize.py").write_text("import importlib.util as u; old = u.find_spec; u.find_spec = lambda m, *a: None if m == 'ray' else old(m, *a)")
