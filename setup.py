@@ -1,9 +1,11 @@
 "Packaging. Every value lives in settings.ini: edit there, not here."
 import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -19,7 +21,14 @@ spdx = {'apache2': 'Apache-2.0'}
 lib = cfg['lib_path']
 reqs = lambda name: shlex.split(cfg.get(f'{name}requirements', ''))
 
+class BuildWithResults(build_py):
+    "Puts the stored results of the notebooks into the wheel"
+    def run(self):
+        super().run()
+        if not self.editable_mode: shutil.copytree(here/'nbs'/'results', Path(self.build_lib)/lib/'results', dirs_exist_ok=True)
+
 setup(
+    cmdclass={'build_py': BuildWithResults},
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], url=cfg['git_url'], license=spdx[cfg['license']],
     classifiers=[f'Development Status :: {statuses[int(cfg["status"])-1]}', f'Intended Audience :: {cfg["audience"]}',
