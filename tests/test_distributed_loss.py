@@ -19,6 +19,8 @@ from torch import nn
 
 from newton_losses_nb.newton import ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, inject_fisher
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, and kills by signals, which Windows has not")
+
 N, D = 12, torch.double
 PARTS = {2: [(5, 7), (12, 0)], 4: [(1, 5, 2, 4), (3, 0, 9, 0)]}
 

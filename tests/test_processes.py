@@ -18,6 +18,8 @@ from newton_losses_nb.experiment import SortingTask, run_record
 from newton_losses_nb.processes import Team, _start, join_processes, my_part, ray_cluster
 from newton_losses_nb.records import read_runs
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, and kills by signals, which Windows has not")
+
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 CLI = ["-m", "newton_losses_nb.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
 
