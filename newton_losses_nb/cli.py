@@ -244,7 +244,7 @@ def _complain(text, joined=True):
     if os.environ.get("RANK", "0") == "0" or joined and dist and dist.is_initialized(): print(text, file=sys.stderr)
 
 # %% ../nbs/19_cli.ipynb #e70f13df
-BENCHES = {"sorting": bench_sorting, "paths": bench_paths, "speed": bench_speed, "scaling": bench_scaling}
+BENCHES = {"sorting": bench_sorting, "paths": bench_paths, "speed": bench_speed, "scaling": bench_scaling} # The benchmarks of `nl_bench`
 
 def nl_bench(
     argv:list|None=None, # Arguments; None: those of the command line

@@ -28,7 +28,7 @@ class NonFiniteError(ValueError):
 _looking = ContextVar("_looking", default=True)
 
 @contextlib.contextmanager
-def unchecked() -> Iterator[None]:
+def unchecked() -> Iterator[None]: # A context manager
     "Within this context no number is looked at: NaN and infinity go through"
     token = _looking.set(False)
     try: yield

@@ -215,9 +215,9 @@ def _load_dir(
     return _load_files({role: _find_file(data_dir, stem) for role, stem in _STEMS.items()})
 
 # %% ../nbs/04_data.ipynb #a5c196c3
-MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/',
+MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', # Where MNIST is downloaded from, one tried after the other
                  'https://storage.googleapis.com/cvdf-datasets/mnist/')
-MNIST_SHA256 = dict(
+MNIST_SHA256 = dict( # SHA-256 of the four files as downloaded, with gzip
     train_images='440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
     train_labels='3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
     test_images='8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
@@ -303,7 +303,9 @@ class DigitSets:
         self.places = 10 ** torch.arange(self.digits_per_image - 1, -1, -1, device=self.device)
 
     @property
-    def image_shape(self): return 1, self.pixels.shape[1], self.pixels.shape[2] * self.digits_per_image
+    def image_shape(self):
+        "Channels, height and width of an image"
+        return 1, self.pixels.shape[1], self.pixels.shape[2] * self.digits_per_image
 
 # %% ../nbs/04_data.ipynb #c3fba6f1
 @patch

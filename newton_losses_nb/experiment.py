@@ -27,7 +27,7 @@ from .records import append_run, environment, open_results, run_key
 from .sorting import SortingLoss, element_match, exact_match, true_permutation
 
 # %% ../nbs/07_experiment.ipynb #95ec6a36
-METHODS = {
+METHODS = { # What is sent back to the outputs, by name
     "none":         lambda fn, lam, max_norm, **kw: OutputLoss(fn, **kw),
     "fisher":       lambda fn, lam, max_norm, **kw: NewtonLoss(fn, "fisher", lam, **kw),
     "hessian":      lambda fn, lam, max_norm, **kw: NewtonLoss(fn, "hessian", lam, **kw),
@@ -38,14 +38,14 @@ METHODS = {
     "scalar":       lambda fn, lam, max_norm, **kw: ScalarStepLoss(fn, lam, **kw),
     "clip_grad":    lambda fn, lam, max_norm, **kw: OutputLoss(fn, **kw),
 }
-DAMPED = ("fisher", "hessian", "hessian_abs", "hessian_clip", "scalar")
-CLIPPED = ("clip", "clip_grad")
+DAMPED = ("fisher", "hessian", "hessian_abs", "hessian_clip", "scalar") # Methods with a λ
+CLIPPED = ("clip", "clip_grad") # Methods with a largest norm
 
 # %% ../nbs/07_experiment.ipynb #9be56ea0
-SHARPNESS = {"neural_sort": 0.3, "soft_sort": 0.3, "logistic": 10., "logistic_art": 10., "gaussian": 10.,
+SHARPNESS = {"neural_sort": 0.3, "soft_sort": 0.3, "logistic": 10., "logistic_art": 10., "gaussian": 10., # Temperature or steepness of each relaxation
              "cauchy": 10., "reciprocal": 10., "optimal": 10.}
-LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2}
-PRECISIONS = ("float32", "tf32", "bf16", "float64")
+LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2} # Of Adam, for each network
+PRECISIONS = ("float32", "tf32", "bf16", "float64") # Of the network; the loss has float32 at least
 
 # %% ../nbs/07_experiment.ipynb #cfea62da
 def sorting_config(
@@ -97,7 +97,8 @@ def sorting_loss(
 # %% ../nbs/07_experiment.ipynb #463e0c74
 class Task:
     "What a training run needs; a subclass adds `make_network`, `batches`, `evaluation` and `scores`"
-    milestones = () # Steps after which the learning rate falls tenfold
+    milestones = ()               # Steps after which the learning rate falls tenfold
+    optimizer = torch.optim.Adam  # Called with the weights and `lr`
 
     def __init__(
         self,
@@ -109,15 +110,26 @@ class Task:
         self.dtype = torch.float64 if config["precision"] == "float64" else torch.float32
 
     @property
-    def key(self): return run_key(self.config, self.source)
+    def key(self):
+        "Names the run in records"
+        return run_key(self.config, self.source)
 
-    def time(self, step): return {"step": step}
+    @property
+    def lr(self):
+        "Learning rate at the start"
+        return self.config["lr"]
+
+    def time(self, step):
+        "What the curves say of the time at a step"
+        return {"step": step}
 
     def true_loss(self, y, *targets):
         "The loss that evaluation reports, one value per sample"
         return self.loss_fn(y, *targets)
 
-    def negative_eigenvalues(self, y, *targets): return negative_share(self.loss_fn, y, *targets)
+    def negative_eigenvalues(self, y, *targets):
+        "Share of negative eigenvalues of the mean Hessian, or None"
+        return negative_share(self.loss_fn, y, *targets)
 
     def part(self, x, targets, mine:slice):
         "The samples `mine` of a training batch, for one of several processes"
@@ -138,9 +150,13 @@ class SortingTask(Task):
         "The scoring network at the start of training"
         return make_network(self.config["network"], self.config["seed"]).to(self.device, self.dtype)
 
-    def sets(self, split): return DigitSets(self.digits[split], self.config["n"], pool=self.pool, device=self.device)
+    def sets(self, split):
+        "What draws the sets of a split"
+        return DigitSets(self.digits[split], self.config["n"], pool=self.pool, device=self.device)
 
-    def targets(self, labels): return (true_permutation(labels, dtype=self.dtype),)
+    def targets(self, labels):
+        "Arguments of the loss, from labels"
+        return (true_permutation(labels, dtype=self.dtype),)
 
     def batches(self):
         "Endless stream of training batches: images and the arguments of the loss"
@@ -159,19 +175,36 @@ class SortingTask(Task):
         return {"exact_match": exact_match(y, labels), "element_match": element_match(y, labels)}
 
 # %% ../nbs/07_experiment.ipynb #d518e7d3
-FAILURES = (NonFiniteError, SingularError, torch.linalg.LinAlgError)
+FAILURES = (NonFiniteError, SingularError, torch.linalg.LinAlgError) # Errors that end a run, and are recorded
 
 class Alone:
     "One process does everything itself"
     rank, size = 0, 1
-    def network(self, net): return net                     # the network to train
-    def part(self, task, x, targets): return x, targets    # the process's part of a batch
-    def together(self, call): return call()                # all processes call; if one fails, all do
-    def average(self, net, value, n): return value         # the gradients and the loss of all parts
-    def first(self, call): return call()                   # the first process calls, all get the result
-    def in_turn(self, call): return call()                 # first one process of each machine calls, then the others
+    def network(self, net):
+        "The network to train"
+        return net
 
-ALONE = Alone()
+    def part(self, task, x, targets):
+        "The process's part of a batch"
+        return x, targets
+
+    def together(self, call):
+        "All processes call; if one fails, all do"
+        return call()
+
+    def average(self, net, value, n):
+        "The gradients and the loss of all parts"
+        return value
+
+    def first(self, call):
+        "The first process calls, all get the result"
+        return call()
+
+    def in_turn(self, call):
+        "First one process of each machine calls, then the others"
+        return call()
+
+ALONE = Alone() # The one process
 
 # %% ../nbs/07_experiment.ipynb #efc6cad6
 def train_step(
@@ -247,7 +280,7 @@ def fit(
     c, net = task.config, team.network(task.make_network())
     loss = METHODS[c["method"]](task.loss_fn, c["lam"], c["max_norm"])
     max_norm = c["max_norm"] if c["method"] == "clip_grad" else math.inf
-    opt, valid, best = torch.optim.Adam(net.parameters(), lr=c["lr"]), task.evaluation("valid"), (-1., 0, None)
+    opt, valid, best = task.optimizer(net.parameters(), lr=task.lr), task.evaluation("valid"), (-1., 0, None)
     seconds, seen, batches = 0., [], task.batches()
     drops = torch.optim.lr_scheduler.MultiStepLR(opt, task.milestones)
     with _precision(c["precision"], task.device) as forward:

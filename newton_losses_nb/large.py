@@ -36,13 +36,20 @@ class HessianProducts:
 
     def _back(self, V): return backward_rows(self._G, self._y, V) if self._G.requires_grad else None
 
-    def own(self, V:Float[Tensor, "K N m"]) -> Float[Tensor, "K N m"]:
+    def own(
+        self,
+        V:Float[Tensor, "K N m"], # K vectors for each sample
+    ) -> Float[Tensor, "K N m"]:  # Their products
         "Rows H_i V_i: each sample's Hessian times a vector of its own"
         if not self._G.requires_grad: return torch.zeros_like(V)
         size = max(1, self.budget//self._y.numel())
         return torch.cat([self._back(v) for v in V.to(self._y.dtype).split(size)])
 
-    def total(self, V:Float[Tensor, "K m"], taken:Bool[Tensor, "N"]|None=None) -> Float[Tensor, "K m"]:
+    def total(
+        self,
+        V:Float[Tensor, "K m"],              # K vectors, the same for all samples
+        taken:Bool[Tensor, "N"]|None=None,   # Samples to take; None: all
+    ) -> Float[Tensor, "K m"]:               # Sums over samples
         "Rows Σ_i H_i V_k: the sum of the Hessians of all samples, or of those `taken`, times each vector"
         size, shape = max(1, self.budget//self._y.numel()), self._y.shape
         add = lambda HV: HV.sum(1) if taken is None or taken.all() else HV[:, taken].sum(1)

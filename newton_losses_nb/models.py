@@ -50,7 +50,9 @@ class CutDigits(nn.Module):
         super().__init__()
         self.k = k
 
-    def forward(self, x): return x[:, 0].unflatten(-1, (self.k, -1)).transpose(1, 2).flatten(2)
+    def forward(self, x):
+        "Images `(N, 1, H, W)` to their digits, side by side"
+        return x[:, 0].unflatten(-1, (self.k, -1)).transpose(1, 2).flatten(2)
 
 # %% ../nbs/05_models.ipynb #06145fd5
 def small_ranking_net(
@@ -66,7 +68,7 @@ def small_ranking_net(
     return ScoreImages(body, (1, side, 4*side))
 
 # %% ../nbs/05_models.ipynb #9ff55c47
-NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4))
+NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4)) # Scoring networks by name, and how much they pool digits
 
 # %% ../nbs/05_models.ipynb #6c39b142
 def make_network(
@@ -92,7 +94,9 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
 
-    def forward(self, x): return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+    def forward(self, x):
+        "Two convolutions and what they are added to"
+        return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
 
 # %% ../nbs/05_models.ipynb #ef62f373
 class MapCosts(nn.Module):
@@ -135,4 +139,4 @@ def small_path_net() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`, or oth
         nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 1, 1))
     return MapCosts(body, nn.functional.softplus, unit=True)
 
-PATH_NETWORKS = dict(resnet18=truncated_resnet18, small=small_path_net)
+PATH_NETWORKS = dict(resnet18=truncated_resnet18, small=small_path_net) # Networks from maps to costs, by name

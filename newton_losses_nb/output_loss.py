@@ -94,7 +94,12 @@ class OutputLoss(nn.Module):
         self.skipped, self._trains = 0, False
 
     @torch._disable_dynamo
-    def forward(self, y:Float[Tensor, "N m"], *args, mask:Bool[Tensor, "N m"]|None=None) -> Float[Tensor, ""]:
+    def forward(
+        self,
+        y:Float[Tensor, "N m"],                 # Network outputs
+        *args,                                  # Further arguments of the loss, such as labels
+        mask:Bool[Tensor, "N m"]|None=None,     # True where an output is real; None: everywhere
+    ) -> Float[Tensor, ""]:                     # The value to log and to call `backward` on
         "Mean loss, or half the squared step; its gradient is direction / N. `mask` is True where an output is real"
         _refuse_capture(self)
         self._trains = torch.is_grad_enabled() and getattr(y, "requires_grad", False)
@@ -106,7 +111,13 @@ class OutputLoss(nn.Module):
         with torch.no_grad(): value, grad_y = self._value_and_gradient(y, mask, args)
         return _Sent.apply(y, value, grad_y)
 
-    def direction(self, y:Float[Tensor, "N m"], *args, mask:Bool[Tensor, "N m"]|None=None, check:bool=False):
+    def direction(
+        self,
+        y:Float[Tensor, "N m"],                 # Network outputs
+        *args,                                  # Further arguments of the loss
+        mask:Bool[Tensor, "N m"]|None=None,     # True where an output is real; None: everywhere
+        check:bool=False,                       # Verify that samples are independent?
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N m"]]: # Losses and directions
         "Losses `(N,)` and the directions `(N, m)` to send back, zero for samples that take no part"
         self._trains = False
         return (self._step_unseen if self.on_nonfinite == "ignore" else self._step)(y, mask, args, check)[:2]

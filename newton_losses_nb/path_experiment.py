@@ -26,8 +26,8 @@ from .shortest_path import cost_optimality, exact_path_match, path_cost, regret,
 from .smoothing import BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, draw_noise
 
 # %% ../nbs/14_path_experiment.ipynb #85fbda2b
-PATH_LOSSES = ("fenchel_young", "smoothed_loss", "smoothed_algorithm", "relaxed_bf", "blackbox")
-FLOOR = 1e-3
+PATH_LOSSES = ("fenchel_young", "smoothed_loss", "smoothed_algorithm", "relaxed_bf", "blackbox") # Losses of paths
+FLOOR = 1e-3 # Least cost that a solver is given
 
 def flat_shortest_path(
     y:Float[Tensor, "*batch m"],  # Costs, flat; those below `FLOOR` are raised to it
@@ -56,9 +56,10 @@ def path_loss_fn(
     return lambda y, w: compare(relaxed(y.unflatten(-1, grid)).flatten(-2), w)
 
 # %% ../nbs/14_path_experiment.ipynb #6d590b69
-SIGMA = {"fenchel_young": 0.1, "smoothed_loss": 0.2, "smoothed_algorithm": 0.2}
-BETA, INTERPOLATION = 3., 20.
-PATH_LEARNING_RATES = {"resnet18": 5e-4, "small": 3e-3}
+SIGMA = {"fenchel_young": 0.1, "smoothed_loss": 0.2, "smoothed_algorithm": 0.2} # Size of the noise, for each loss
+BETA = 3. # Inverse temperature of relaxed Bellman-Ford
+INTERPOLATION = 20. # λ of blackbox differentiation, the original's
+PATH_LEARNING_RATES = {"resnet18": 5e-4, "small": 3e-3} # Of Adam, for each network
 
 # %% ../nbs/14_path_experiment.ipynb #194c50fd
 def path_config(
@@ -144,7 +145,9 @@ class PathTask(Task):
         x = self.maps["train"].images[:500].to(self.dtype)
         return x.mean((0, 2, 3))[:, None, None], x.std((0, 2, 3))[:, None, None]
 
-    def time(self, step): return {"step": step, "epoch": step*self.config["batch"]/self.config["train"]}
+    def time(self, step):
+        "Step and epoch"
+        return {"step": step, "epoch": step*self.config["batch"]/self.config["train"]}
 
 # %% ../nbs/14_path_experiment.ipynb #d8124b35
 @patch
@@ -189,7 +192,9 @@ def true_loss(self:PathTask, y:Tensor, *targets) -> Float[Tensor, "N"]:
     return path_loss_fn(self.config, self.grid, self._generator(2**40))(y, *targets)
 
 @patch
-def negative_eigenvalues(self:PathTask, y, *targets): return None
+def negative_eigenvalues(self:PathTask, y, *targets):
+    "Not counted for maps: an exact Hessian has 144 rows"
+    return None
 
 @patch
 def scores(self:PathTask, y:Float[Tensor, "N m"], labels:tuple) -> dict:

@@ -46,14 +46,20 @@ class Processes:
         self.group = None if isinstance(group, str) else group
         self.size = dist.get_world_size(self.group) if on else 1
 
-    def sum(self, x:Tensor) -> Tensor:
+    def sum(
+        self,
+        x:Tensor, # Equally shaped in all processes
+    ) -> Tensor:  # The same in all
         "Sum of a tensor over the processes"
         if self.size == 1: return x
         x = x.detach().clone().contiguous()
         dist.all_reduce(x, group=self.group)
         return x
 
-    def gather(self, rows:Float[Tensor, "N m"]) -> tuple[Float[Tensor, "M m"], slice]:
+    def gather(
+        self,
+        rows:Float[Tensor, "N m"], # This process's
+    ) -> tuple[Float[Tensor, "M m"], slice]: # All rows, and where this process's are
         "Rows of all processes, in their order, and which of them are this one's; the numbers of rows may differ"
         if self.size == 1: return rows, slice(None)
         me = nn.functional.one_hot(torch.tensor(dist.get_rank(self.group)), self.size).to(rows.device)
@@ -66,7 +72,10 @@ class Processes:
         start = sum(counts[:dist.get_rank(self.group)])
         return torch.cat([p[:n] for p, n in zip(parts, counts)]), slice(start, start + len(rows))
 
-    def share(self, e:Evidence) -> tuple[Evidence, slice]:
+    def share(
+        self,
+        e:Evidence, # Of this process's samples
+    ) -> tuple[Evidence, slice]: # Of all samples, and where this process's rows are
         "The evidence of all processes together, and which of its rows are this one's"
         if self.size == 1: return e, slice(None)
         rows, mine = self.gather(e.rows)
@@ -74,7 +83,9 @@ class Processes:
 
 # %% ../nbs/01d_pooling.ipynb #f325051b
 @patch
-def together(self:Processes, work:Callable) -> Any:
+def together(self:Processes,
+    work:Callable, # Called without arguments
+) -> Any:          # Its result
     "What `work()` returns; if it fails in one process, all raise an error instead of waiting for it"
     result = error = None
     try: result = work()
@@ -127,7 +138,11 @@ class Window(History):
         super().__init__()
         self.length = length
 
-    def forward(self, e:Evidence, remember:bool=True) -> Evidence:
+    def forward(
+        self,
+        e:Evidence,         # Of the new batch
+        remember:bool=True, # Keep it for the batches to come?
+    ) -> Evidence:          # Of all batches together
         "Add a batch; the evidence of all that is remembered, the new batch's rows last"
         parts = [*self._recall(e), e][-self.length:]
         if remember: self.batches = parts
@@ -144,7 +159,11 @@ class MovingAverage(History):
         super().__init__()
         self.decay = decay
 
-    def forward(self, e:Evidence, remember:bool=True) -> Evidence:
+    def forward(
+        self,
+        e:Evidence,         # Of the new batch
+        remember:bool=True, # Keep it for the batches to come?
+    ) -> Evidence:          # Of all batches together
         "Add a batch; the averaged curvature: rows for a Fisher, else the sum with the new batch's rows"
         parts = [Evidence(e.rows.double(), None if e.total is None else e.total.double(), e.count)]
         parts = [*self._recall(parts[0]), *parts]

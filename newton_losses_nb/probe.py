@@ -178,7 +178,7 @@ def compare(
     exact:Float[Tensor, "K N d"],  # Its derivative along each direction
     y:Float[Tensor, "N m"],        # Where
     V:Float[Tensor, "K N m"],      # Directions
-) -> Fit:
+) -> Fit:                         # How well they agree
     "Compare derivatives with differences of three sizes"
     at, double, noise = f(y), y.dtype == torch.float64, None
     right = torch.zeros(exact.shape[:2], dtype=torch.bool, device=y.device)
@@ -231,7 +231,7 @@ def random_directions(
     y:Float[Tensor, "N m"],     # Outputs, for shape and dtype
     count:int,                  # How many
     seed:int,                   # Of a generator of their own
-) -> Float[Tensor, "count N m"]:
+) -> Float[Tensor, "count N m"]: # Standard normal numbers
     "Random directions"
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(count, *y.shape, generator=draw, dtype=torch.float64).to(y)
@@ -265,7 +265,10 @@ class LossReport:
         "Is there no problem?"
         return all(f.verdict != "problem" for f in self.findings.values())
 
-    def newton_loss(self, **kwargs) -> NewtonLoss:
+    def newton_loss(
+        self,
+        **kwargs, # Options of `NewtonLoss`, which go before those of the report
+    ) -> NewtonLoss: # With the options that the report found
         "The `NewtonLoss` with the report's settings; `kwargs` go before them"
         if self.fatal: raise ValueError(f"loss_fn: {self.fatal}")
         settings = dict(curvature=self.curvature, eigenvalues=self.eigenvalues, lam=self.lam)
@@ -283,7 +286,7 @@ class LossReport:
     __repr__ = __str__
 
 # %% ../nbs/15b_probe.ipynb #a791282a
-QUESTIONS = ("one value per sample", "leaves y alone", "repeatable", "float64", "differentiable", "finite",
+QUESTIONS = ("one value per sample", "leaves y alone", "repeatable", "float64", "differentiable", "finite", # What `check_loss` asks, in order
              "independent samples", "first derivative", "own derivatives", "second derivative", "symmetric",
              "float32", "eigenvalues", "rank", "gradient size", "shift", "half precision")
 

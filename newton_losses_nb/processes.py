@@ -118,6 +118,7 @@ class JoinedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, x): pass
 
     def forward(self, x):
+        "Normalise by the samples of all processes in training, by the running averages otherwise"
         if not self.training: return super().forward(x)
         axes, total = [0, *range(2, x.ndim)], _SumOverProcesses.apply
         column = lambda o: o.view(-1, *[1]*(x.ndim - 2))
@@ -228,10 +229,14 @@ class Job:
     data:dict     # Data by split: "train", "valid" and "test"
 
     @property
-    def source(self): return self.data["train"].source
+    def source(self):
+        "Which data, in words"
+        return self.data["train"].source
 
     @property
-    def key(self): return run_key(self.config, self.source)
+    def key(self):
+        "Names the run in records"
+        return run_key(self.config, self.source)
 
 # %% ../nbs/17_processes.ipynb #d4b948fc
 _RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}

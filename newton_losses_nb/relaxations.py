@@ -100,7 +100,7 @@ def true_permutation(
 # %% ../nbs/03_relaxations.ipynb #98e3a6fc
 def log_complement(
     log_P:Float[Tensor, "*batch n n"],  # Log-weights whose rows sum to one
-) -> Float[Tensor, "*batch n n"]:
+) -> Float[Tensor, "*batch n n"]:      # Logarithms, at most 0
     "log(1 − P) from log P without cancellation"
     top = _one_hot(log_P.argmax(-1), log_P.shape[-1])
     others = log_P.masked_fill(top, -1e30).logsumexp(-1, keepdim=True)

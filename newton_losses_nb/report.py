@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import ttest_rel
 
 # %% ../nbs/08_report.ipynb #739fa750
-method_fields = ("lam", "max_norm", "eigenvalues", "average")
+method_fields = ("lam", "max_norm", "gain", "eigenvalues", "average") # Entries of a configuration that belong to the method, not to the setting
 
 def _fields(d, keys): return [f"{k}={d[k]}" for k in keys if d.get(k) is not None]
 
@@ -32,14 +32,14 @@ def _setting(r):
 
 def _names(settings):
     "A short name for each setting"
-    first = [s.get("relaxation", s.get("loss", "all runs")) for s in settings]
+    first = [s.get("setting", s.get("relaxation", s.get("loss", "all runs"))) for s in settings]
     short = [", ".join([o, *_fields(s, ["n"])]) for o, s in zip(first, settings)]
     differ = pd.DataFrame(settings).fillna("").groupby(short).transform("nunique") > 1
     more = [_fields(s, differ.columns[differ.loc[i]]) for i, s in enumerate(settings)]
     return [", ".join([name, *others]) for name, others in zip(short, more)]
 
 # %% ../nbs/08_report.ipynb #18b75fc7
-method_order = ("none", "fisher", "hessian", "hessian_abs", "hessian_clip",
+method_order = ("none", "fisher", "hessian", "hessian_abs", "hessian_clip", # In which order methods are shown
                 "clip", "clip_grad", "rms", "scalar")
 
 def _natural(text):
@@ -213,7 +213,7 @@ def _configuration(g):
     different = pd.DataFrame(settings).fillna("").nunique() > 1
     same = [k for k in different.index if not different[k]]
     named = ("relaxation", "n") if "relaxation" in different else ("loss", "n")
-    others = [k for k in different.index if different[k] and k not in named]
+    others = [k for k in different.index if different[k] and k not in (*named, "setting")]
     rest = [", ".join(o for o in _fields(s, others) if o not in name) for s, name in zip(settings, g.setting)]
     lines = {"Equal in all runs": ", ".join(_fields(settings[0], same)) or "nothing",
              "By setting": _by_setting(g, rest),

@@ -165,7 +165,7 @@ def _bellman_ford_point(side, device):
 # %% ../nbs/22b_scaling.ipynb #bcdf4d6d
 def speed_curves(
     device:str="cpu", # Where to run
-) -> list[Curve]:
+) -> list[Curve]:     # One for each operation
     "Operations over their sizes"
     net = lambda plan: functools.partial(_sort_point, lambda s: sorting_network(s, plan, "cauchy", 10.))
     layers = lambda n: math.ceil(math.log2(n))*(math.ceil(math.log2(n)) + 1)/2
@@ -189,7 +189,7 @@ def speed_curves(
 # %% ../nbs/22b_scaling.ipynb #3142eaab
 def draw_curves(
     table:pd.DataFrame, # From `curve_table`
-):                      # A figure
+) -> "matplotlib.figure.Figure": # The figure
     "Time and memory over size, both axes logarithmic"
     from matplotlib import pyplot as plt
     variables = table.variable.unique()

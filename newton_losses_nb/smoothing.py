@@ -28,7 +28,7 @@ class Noise(NamedTuple):
 def _normal(shape, **kwargs): return torch.randn(shape, **kwargs)
 def _gumbel(shape, **kwargs): return -torch.empty(shape, dtype=kwargs["dtype"], device=kwargs["device"]).exponential_(generator=kwargs["generator"]).log()
 
-NOISE = {
+NOISE = { # Distributions of the noise
     "gaussian": Noise(_normal, lambda e: -e.square()/2, lambda e: e, lambda e: -torch.ones_like(e)),
     "gumbel": Noise(_gumbel, lambda e: -e - (-e).exp(), lambda e: 1 - (-e).exp(), lambda e: -(-e).exp()),
 }
@@ -279,11 +279,20 @@ class SmoothedLoss(_NoisyLoss):
         super().__init__(n_samples, sigma, baseline, antithetic, distribution, generator, noise)
         self.loss_of_algorithm = loss_of_algorithm
 
-    def __call__(self, y, *args):
+    def __call__(
+        self,
+        y:Float[Tensor, "N m"],  # Outputs
+        *args,                   # Further arguments of the loss
+    ) -> Float[Tensor, "N"]:     # One value for each sample
         "Loss of each sample, differentiable"
         return smoothed_loss(self.loss_of_algorithm, y, args=args, **self.settings)
 
-    def derivatives(self, y, *args, hessian=True):
+    def derivatives(
+        self,
+        y:Float[Tensor, "N m"],  # Outputs
+        *args,                   # Further arguments of the loss
+        hessian:bool=True,       # Hessians too?
+    ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
         f, centred, noise = _sample(self.loss_of_algorithm, y, args=args, **self.settings)
         sigma, S = self.settings["sigma"], noise.shape[1]
@@ -308,11 +317,20 @@ class SmoothedAlgorithmLoss(_NoisyLoss):
         super().__init__(n_samples, sigma, baseline, antithetic, distribution, generator, noise)
         self.algorithm, self.loss_fn, self.gauss_newton = algorithm, loss_fn, gauss_newton
 
-    def __call__(self, y, *args):
+    def __call__(
+        self,
+        y:Float[Tensor, "N m"],  # Outputs
+        *args,                   # Further arguments of the loss
+    ) -> Float[Tensor, "N"]:     # One value for each sample
         "Loss of each sample, differentiable"
         return sample_losses(self.loss_fn, smoothed_algorithm(self.algorithm, y, **self.settings), *args)
 
-    def derivatives(self, y, *args, hessian=True):
+    def derivatives(
+        self,
+        y:Float[Tensor, "N m"],  # Outputs
+        *args,                   # Further arguments of the loss
+        hessian:bool=True,       # Hessians too?
+    ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
         a, centred, noise = _sample(self.algorithm, y, args=(), **self.settings)
         sigma, S = self.settings["sigma"], noise.shape[1]
@@ -343,11 +361,20 @@ class FenchelYoungLoss(_NoisyLoss):
         self.solver = solver
         self.settings |= dict(maximize=maximize, floor=floor)
 
-    def __call__(self, y, y_true):
+    def __call__(
+        self,
+        y:Float[Tensor, "N m"],       # Costs
+        y_true:Float[Tensor, "N m"],  # True solutions
+    ) -> Float[Tensor, "N"]:          # One value for each sample
         "Loss of each sample, differentiable twice"
         return fenchel_young_loss(self.solver, y, y_true, **self.settings)
 
-    def derivatives(self, y, y_true, hessian=True):
+    def derivatives(
+        self,
+        y:Float[Tensor, "N m"],       # Costs
+        y_true:Float[Tensor, "N m"],  # True solutions
+        hessian:bool=True,            # Hessians too?
+    ) -> tuple:                       # Losses, gradients, Hessians or None
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
         loss, G, g, baseline, noise = _fenchel_young(self.solver, y, y_true, **self.settings)
         if not hessian: return loss, G, None
@@ -394,11 +421,20 @@ class BlackboxLoss:
         blackbox(lambda y: y, torch.zeros(1, 1), lam, floor)
         self.solver, self.loss_fn, self.lam, self.floor = solver, loss_fn, lam, floor
 
-    def __call__(self, y, *args):
+    def __call__(
+        self,
+        y:Float[Tensor, "N m"],  # Outputs
+        *args,                   # Further arguments of the loss
+    ) -> Float[Tensor, "N"]:     # One value for each sample
         "Loss of each sample, differentiable once"
         return sample_losses(self.loss_fn, blackbox(self.solver, y, self.lam, self.floor), *args)
 
-    def derivatives(self, y, *args, hessian=True):
+    def derivatives(
+        self,
+        y:Float[Tensor, "N m"],  # Outputs
+        *args,                   # Further arguments of the loss
+        hessian:bool=True,       # Hessians too?
+    ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)` and gradients `(N, m)`; there is no Hessian"
         if hessian: raise ValueError("loss_fn: blackbox differentiation has no second derivative; use curvature='fisher'")
         y = y.detach().requires_grad_()

@@ -46,13 +46,21 @@ class SortingLoss(nn.Module):
         if self.log and type(self).forward is SortingLoss.forward: self.derivatives = self._derivatives
         self.fuse = fuse
 
-    def permutation(self, s, log=False):
+    def permutation(
+        self,
+        s:Float[Tensor, "*batch n"],     # Scores
+        log:bool=False,                  # Return logarithms?
+    ) -> Float[Tensor, "*batch n n"]:    # Rows sum to one
         "Relaxed permutation matrix of the scores"
         if self.relaxation == "neural_sort": return neural_sort(s, self.tau, log)
         if self.relaxation == "soft_sort": return soft_sort(s, self.tau, log)
         return sorting_network(s, self.network, self.relaxation, self.steepness, log)
 
-    def forward(self, s:Float[Tensor, "*batch n"], P_true:Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
+    def forward(
+        self,
+        s:Float[Tensor, "*batch n"],         # Scores
+        P_true:Float[Tensor, "*batch n n"],  # True permutation matrices, from `true_permutation`
+    ) -> Float[Tensor, "*batch"]:            # One value for each set
         "Loss of every sample"
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 

@@ -227,7 +227,7 @@ def _network_pair(n, network, relaxation, device):
 def network_cases(
     device:str="cpu",                       # Where to run
     sizes:Iterable[int]=(5, 10, 16, 64, 256), # Numbers of scores
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "Sorting networks against diffsort"
     plans = [(n, net, r) for net in ("odd_even", "bitonic") for n in sizes if net == "odd_even" or n & (n - 1) == 0
              for r in ("cauchy", "logistic")]
@@ -252,7 +252,7 @@ def _relaxation_pair(n, name, peer, device):
 def relaxation_cases(
     device:str="cpu",                   # Where to run
     sizes:Iterable[int]=(5, 10, 64, 1024), # Numbers of scores
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "NeuralSort and SoftSort against difftopk and softtorch"
     targets = {("neural_sort", "difftopk", 5): 1., ("soft_sort", "difftopk", 5): 1., ("neural_sort", "difftopk", 1024): 3.}
     kinds = [(name, peer, n) for name in ("neural_sort", "soft_sort") for peer in ("difftopk", "softtorch") for n in sizes]
@@ -328,7 +328,7 @@ def _exact_pair(peer):
     solver = {"scipy": _scipy_paths, "rustworkx": _rustworkx_paths, "heap": _heap_paths}[peer]
     return Setup(shortest_path, solver(12, 12), (cost,))
 
-def exact_path_cases() -> list[Case]:
+def exact_path_cases() -> list[Case]: # One for each size and mode
     "Exact paths against solvers for single maps"
     peers = (("scipy", "scipy", 10.), ("rustworkx", "rustworkx", None), ("heap in Python", "heap", None))
     return [Case("paths", f"shortest_path, {name}", "300 maps, 12 x 12", "forward", functools.partial(_exact_pair, key),
@@ -365,7 +365,7 @@ def _bellman_ford_pair(loop, device):
 
 def bellman_ford_cases(
     device:str="cpu", # Where to run
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "Relaxed Bellman-Ford against AlgoVision"
     return [Case("paths", f"relaxed_bellman_ford, {loop}", "70 maps, 12 x 12", m,
                  functools.partial(_bellman_ford_pair, loop, device), ("algovision",), tol=1e-3, target=3., device=device)
@@ -433,7 +433,7 @@ def _fenchel_young_pair(samples, device):
 def fenchel_young_cases(
     device:str="cpu",                  # Where to run
     samples:Iterable[int]=(3, 10, 30), # Noisy copies of each map
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "The Fenchel-Young loss against PyEPO with a compiled solver"
     return [Case("paths", "FenchelYoungLoss", f"70 maps, 12 x 12, {s} samples", "both",
                  functools.partial(_fenchel_young_pair, s, device), ("pyepo", "numba"), tol=1e-3, target=1.5, device=device) for s in samples]
@@ -471,7 +471,7 @@ def _hessian_pair(relaxation, n, peer, device, fuse=False):
 def hessian_cases(
     device:str="cpu",             # Where to run
     sizes:Iterable[int]=(5, 10),  # Numbers of scores
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "Hessians of every sample against torch.func and curvlinops"
     closed = ("neural_sort", "soft_sort")
     return [Case("hessians", f"per_sample_hessian, {r}", f"100 x {n}", "call",
@@ -532,7 +532,7 @@ def _newton_cases(group, make, what, device, targets, relaxations=_RELAXATIONS, 
 def loss_cases(
     device:str="cpu", # Where to run
     **kwargs,         # `relaxations`, `sizes`, `methods`
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "The loss alone, and training steps with the small network"
     step = functools.partial(_step_pair, "small")
     return (_newton_cases("losses", _loss_pair, "loss alone", device, {}, **kwargs)
@@ -540,7 +540,7 @@ def loss_cases(
 
 def cnn_cases(
     device:str="cpu", # Where to run
-) -> list[Case]:
+) -> list[Case]: # One for each size and mode
     "Training steps with the paper's CNN"
     cpu = torch.device(device).type == "cpu"
     share, whole = (functools.partial(o, "cnn") for o in (_share_pair, _step_pair))
@@ -563,7 +563,7 @@ def _import_pair(module):
     def run(name): return lambda: _python("-c", f"import {name}")
     return Setup(run(module), run("torch"), check=())
 
-def import_cases() -> list[Case]:
+def import_cases() -> list[Case]: # One for each size and mode
     "The first import of the library part against that of torch"
     module = "newton_losses_nb.newton"
     return [Case("import", f"import {module}", "a new process", "call", functools.partial(_import_pair, module),
@@ -582,7 +582,7 @@ def _path_cases(device):
     exact = exact_path_cases() if torch.device(device).type == "cpu" else []
     return exact + bellman_ford_cases(device) + fenchel_young_cases(device)
 
-GROUPS = {"networks": network_cases, "relaxations": relaxation_cases, "paths": _path_cases, "hessians": hessian_cases,
+GROUPS = {"networks": network_cases, "relaxations": relaxation_cases, "paths": _path_cases, "hessians": hessian_cases, # Names of groups, and what makes their cases
           "losses": loss_cases, "cnn": cnn_cases, "import": lambda device: import_cases()}
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ def target_loss(
     y:Float[Tensor, "*batch m"],      # Network outputs
     z_star:Float[Tensor, "*batch m"], # Where they should go; treated as a constant
 ) -> Float[Tensor, ""]:               # Mean over the samples of half the squared distance
-    "Half the squared distance ½‖z* − y‖² of outputs to their targets, mean over samples (paper, Eq. 2b)"
+    "Half the squared distance ½‖z⋆ − y‖² of outputs to their targets, mean over samples (paper, Eq. 2b)"
     if y.shape != z_star.shape:
         raise ValueError(f"z_star: expected the shape of y, {tuple(y.shape)}, got {tuple(z_star.shape)}")
     return (y - z_star.detach()).square().sum(-1).mean() / 2

@@ -18,7 +18,7 @@ from .data import _cache_dir, _check_count, _need
 from .shortest_path import is_valid_path, path_cost, shortest_path
 
 # %% ../nbs/12_terrain.ipynb #7c3e9fd6
-TERRAINS = {name: float(np.float16(cost)) for name, cost in
+TERRAINS = {name: float(np.float16(cost)) for name, cost in # Costs of the terrains
             dict(grass=.8, dirt=1.2, forest=5.3, water=7.7, rock=9.2).items()}
 _COSTS = torch.tensor(list(TERRAINS.values()), dtype=torch.float32)
 
@@ -210,7 +210,7 @@ def _paint(
     return out
 
 # %% ../nbs/12_terrain.ipynb #8c9d6f9a
-TERRAIN_VERSION = 1
+TERRAIN_VERSION = 1 # Raised when the same seed would give another map
 
 def _source(size, seed, tile=8):
     "Where generated maps come from, in words"
