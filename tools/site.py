@@ -115,6 +115,13 @@ def links(s, names):
     return re.sub(r'(?<![\w/])([\w-]+)\.ipynb(?=[)#"\'\s])', lambda m: f'{names.get(m[1], m[1])}.ipynb', s)
 
 
+def signature(md, page):
+    "What show_doc wrote: names with underscores stay whole; a docstring that breaks its own italics is reported"
+    for doc in re.findall(r'^\*([^*\n].*)\*$', md, re.M):
+        if '*' in re.sub(r'`[^`]*`', '', doc): report(page, f'an asterisk ends the italics of a docstring: {doc}')
+    return re.sub(r'^(#+ .*)$', lambda m: m[1].replace('__', r'\_\_'), md, flags=re.M)
+
+
 def adapt(nb, page, names):
     "One processed notebook as smalldocs reads it"
     refs = number(nb, page)
@@ -124,6 +131,7 @@ def adapt(nb, page, names):
             cell['source'] = outside_code(lambda s: links(references(equations(s, refs), refs, page), names), text(cell))
         for o in cell.get('outputs', []):
             if o['output_type'] == 'error': report(page, f'a cell that ended in {o.get("ename")}')
+            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = signature(''.join(o['data']['text/markdown']), page)
     return nb
 
 
@@ -145,26 +153,27 @@ def mathml(formulas):
 
 
 def bibliography(folder):
-    "The list of references as HTML, for a page with a `::: {#refs}` div"
+    "The list of references, in a page with a `::: {#refs}` div"
     for qmd in folder.glob('*.qmd'):
         s = qmd.read_text(encoding='utf-8')
         if '{#refs}' not in s: continue
-        body, warnings = pandoc('-f', 'markdown', '-t', 'html', '--citeproc', '--wrap=none', '--resource-path', str(folder), '--bibliography', str(folder/'references.bib'), stdin=s)
+        body, warnings = pandoc('-f', 'markdown', '-t', 'commonmark_x', '--citeproc', '--wrap=none', '--bibliography', str(folder/'references.bib'), stdin=s)
         if warnings.strip(): report(qmd.name, warnings.strip())
         front = re.match(r'---\n.*?\n---\n', s, re.S)[0]
         meta = {k: v for k, v in yaml.safe_load(front.strip('-\n')).items() if k in ('title', 'description')}
-        qmd.write_text(f'---\n{yaml.safe_dump(meta)}---\n\n```{{=html}}\n{body}\n```\n', encoding='utf-8')
+        qmd.write_text(f'---\n{yaml.safe_dump(meta)}---\n\n{body}', encoding='utf-8')
 
 
 math_span = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 katex = re.compile(r'<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?\n?')
 
 
-def finish(site):
-    "Formulas as MathML, formulas and code in captions, no script from elsewhere"
+def finish(site, names):
+    "Formulas as MathML, formulas and code in captions, links to sources by the notebooks' own names, no script from elsewhere"
     from smalldocs.markdown import make_parser
     md = make_parser()
     caption = lambda m: f'<figcaption>{md.renderInline(html.unescape(m[1]))}</figcaption>'
+    nbs = {f'/nbs/{page}.ipynb"': f'/nbs/{stem}.ipynb"' for stem, page in names.items()}
     pages = {p: re.sub(r'<figcaption>(.*?)</figcaption>', caption, p.read_text(encoding='utf-8'), flags=re.S) for p in sorted(site.rglob('*.html'))}
     found = {(m[1] == 'display', html.unescape(m[2])): p for p, s in pages.items() for m in math_span.finditer(s)}
     done = dict(zip(found, mathml(list(found))))
@@ -172,7 +181,16 @@ def finish(site):
         if done[f] is None: report(p.name, f'pandoc cannot convert the formula {f[1]}')
     for p, s in pages.items():
         s = math_span.sub(lambda m: f'<span class="math {m[1]}">{done[m[1] == "display", html.unescape(m[2])] or m[2]}</span>', s)
+        s = re.sub(r'/nbs/[\w-]+\.ipynb"', lambda m: nbs.get(m[0], m[0]), s)
         p.write_text(katex.sub('', s), encoding='utf-8')
+
+
+def present(x, folder):
+    "A part of _quarto.yml without the pages that are not there (tools/check_site.py names them)"
+    there = lambda v: not (isinstance(v, str) and v.endswith(('.ipynb', '.qmd')) and not v.startswith('/')) or (folder/v).exists()
+    if isinstance(x, dict): return {k: present(v, folder) for k, v in x.items()}
+    if isinstance(x, list): return [present(v, folder) for v in x if there(v) and there(v.get('href') if isinstance(v, dict) else None)]
+    return x
 
 
 def offline(out='_docs'):
@@ -186,10 +204,10 @@ def offline(out='_docs'):
         p.unlink()
         (work/f'{names[p.stem]}.ipynb').write_text(json.dumps(adapt(nb, p.name, names)), encoding='utf-8')
     config = work/'_quarto.yml'
-    config.write_text(links(config.read_text(encoding='utf-8'), names), encoding='utf-8')
+    config.write_text(yaml.safe_dump(present(yaml.safe_load(links(config.read_text(encoding='utf-8'), names)), work), sort_keys=False), encoding='utf-8')
     bibliography(work)
     site = build(work, quiet=True)
-    finish(site.out)
+    finish(site.out, names)
     for w in site.warnings:
         if not known_to_quarto.match(w): report('smalldocs', w)
     shutil.rmtree(out, ignore_errors=True)
