@@ -185,10 +185,9 @@ def check_page(tab, url, name, title, width):
         dark = tab.evaluate(background)
         if brightness(dark) < 60: break
         tab.wait_for_timeout(50)
-    night = tab.evaluate(look)
     if seen['title'] != title: report(name, f'its title is {seen["title"]!r}, the notebook says {title!r}')
     if not brightness(light) > 200 or not brightness(dark) < 60: report(name, f'background {light} in the light theme, {dark} in the dark one')
-    for what in {*seen['out'], *night['out']}: report(name, f'{width} px: sticks out: {what}')
+    for what in seen['out']: report(name, f'{width} px: sticks out: {what}')
     if seen['scroll'] > 1: report(name, f'{width} px: the page is {seen["scroll"]} px too wide')
     for s in dict.fromkeys(seen['small']): report(name, f'{width} px: text below 12 px: {s}')
     for src in seen['broken']: report(name, f'picture does not load: {src}')

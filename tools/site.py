@@ -28,7 +28,13 @@ def process():
     "Notebooks with signatures, links and page names filled in, ready for a renderer"
     from nbdev.serve import proc_nbs
     os.chdir(root)
-    return proc_nbs(force=True)
+    proc = proc_nbs(force=True)
+    for p in proc.glob('*.ipynb'):
+        nb = json.loads(p.read_text(encoding='utf-8'))
+        for cell in nb['cells']:                      # nbdev links private names too, to places that no page has
+            if cell['cell_type'] == 'markdown': cell['source'] = re.sub(r'\[(`_\w+(?:\.\w+)*(?:\(\))?`)\]\(https?://[^)]*#_[^)]*\)', r'\1', text(cell))
+        p.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
+    return proc
 
 
 def text(cell):
