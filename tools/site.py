@@ -88,7 +88,8 @@ def captions(nb, page, refs):
     for cell in nb['cells']:
         opts, pics = options(cell), pictures(cell)
         for o in pics:
-            if not {'image/png', 'image/jpeg', 'image/svg+xml'} & set(o['data']): report(page, f'Quarto does not show {", ".join(o["data"])}: display it as HTML, <img src="data:..." alt="...">')
+            if not {'image/png', 'image/jpeg', 'image/svg+xml'} & set(o['data']):
+                report(page, f'Quarto does not show {", ".join(o["data"])}: display it as HTML, <img src="data:..." alt="...">')
         label, cap = str(opts.get('label', '')), opts.get('fig-cap')
         if pics and not (label.startswith('fig-') and cap and opts.get('fig-alt')):
             first = next((l for l in text(cell).splitlines() if not l.startswith('#|')), '')
