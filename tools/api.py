@@ -80,7 +80,14 @@ class Module:
                 for a in n.names: self.imported.setdefault(a.asname or a.name, (home, a.name))
         self.home = [o for o in self.names if o in self.defs]
 
-    def text(self, node): return re.sub(r"\s*\n\s*", " ", ast.get_source_segment(self.source, node))
+    def segment(self, n):
+        "Source of a node, as `ast.get_source_segment`, which splits the whole module at each call"
+        lines = [o.encode() for o in self.lines[n.lineno-1:n.end_lineno]]
+        lines[-1] = lines[-1][:n.end_col_offset]
+        lines[0] = lines[0][n.col_offset:]
+        return b"\n".join(lines).decode()
+
+    def text(self, node): return re.sub(r"\s*\n\s*", " ", self.segment(node))
 
 
 def _patched(n):
@@ -326,13 +333,24 @@ def _targets(m, call, cls):
 
 # --- examples --------------------------------------------------------------------------------------------------------
 
+class Code:
+    "A code cell"
+    def __init__(self, at, kind, source, output):
+        self.at, self.kind, self.source, self.output, self.tree = at, kind, source, output, ast.parse(source)
+        nodes = list(ast.walk(self.tree))
+        self.names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        self.imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
+        self.fails = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "test_fail"]
+        self.methods = [(n.attr, n.value) for n in nodes if isinstance(n, ast.Attribute)]
+
+
 class Notebook:
     def __init__(self, path):
         self.stem = path.stem
         self.cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         head = "".join(self.cells[0]["source"])
         self.title = re.match(r"# (.*)", head)[1] if re.match(r"# (.*)", head) else self.stem
-        self.code = []          # (position, kind, directive-free source, tree, text output)
+        self.code = []
         for i, c in enumerate(self.cells):
             if c["cell_type"] != "code": continue
             source = "".join(c["source"])
@@ -340,10 +358,9 @@ class Notebook:
             off = flags & {"slow", "cuda"} or re.search(r"^#\|\s*eval:\s*false", source, re.M)
             plain = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
             if off or not plain: continue
-            try: tree = ast.parse(plain)
-            except SyntaxError: continue
             kind = "export" if flags & {"export", "exports", "exporti"} else "hide" if "hide" in flags else "show"
-            self.code.append((i, kind, plain, tree, _output(c)))
+            try: self.code.append(Code(i, kind, plain, _output(c)))
+            except SyntaxError: continue
 
 
 def _output(cell):
@@ -383,8 +400,9 @@ def reads_and_writes(source):
 def _statements(stem):
     "Statements of a notebook: (cell, kind, source, reads, writes, names that it changes)"
     out = []
-    for i, kind, source, tree, _ in notebooks()[stem].code:
-        for n in tree.body:
+    for c in notebooks()[stem].code:
+        i, kind, source = c.at, c.kind, c.source
+        for n in c.tree.body:
             if isinstance(n, (ast.Import, ast.ImportFrom)):
                 for a in n.names:
                     as_ = f" as {a.asname}" if a.asname else ""
@@ -405,40 +423,86 @@ def _changes(n):
     "Names whose objects a statement changes"
     if isinstance(n, (ast.Assign, ast.AugAssign)):
         return {r for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, (ast.Subscript, ast.Attribute)) for r in _names(t)[:1]}
-    if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and isinstance(n.value.func, ast.Attribute): return set(_names(n.value.func)[:1])
+    if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and isinstance(n.value.func, ast.Attribute): return set(_names(n.value.func)[:1]) - MODULES
     return set()
 
 
+MODULES = {"torch", "np", "nn", "F", "plt", "warnings", "random", "math"}
+
+
 class Example:
-    def __init__(self, stem, cell, source, output): self.stem, self.cell, self.source, self.output = stem, cell, source, output
+    "A cell, or the part of it that has to do with one name, and what it needs from before it"
+    def __init__(self, stem, cell, source, output="", trimmed=False): self.stem, self.cell, self.source, self.output, self.trimmed = stem, cell, source, output, trimmed
 
-    def complete(self):
-        "Source with all that it needs before it, or None"
-        need = _first_reads(self.source) - set(dir(builtins)) - {"display"}
-        before, code, private = [], [], False
-        for i, kind, text, reads, writes, changes in reversed(_statements(self.stem)):
-            if i >= self.cell or not need & (writes | changes): continue
-            if kind == "import":
-                need -= writes
-                before.append(text)
-            elif kind == "export" and any(w in homes() for w in writes): continue
-            elif kind == "export": return None
-            else:
-                need = (need - (writes - changes)) | (reads - set(dir(builtins)))
-                code.insert(0, text)
-        lines = [f"from {package}.{homes()[o].name} import {o}" for o in need if o in homes()]
-        if any(o not in homes() for o in need) or any(re.search(r"import _|IPython|fastcore.test", s) and "fastcore" not in s for s in before): return None
-        return _joined_imports([*lines, *(_at_home(s) for s in before)]), "\n".join([*self._seed(code), *code])
+    def about(self, name):
+        "The statements that use a name, what they need and what follows from them"
+        parts = _parts(self.source)
+        marked, kept = {name}, []
+        for k, (n, text, reads, writes) in enumerate(parts):
+            if not (reads | _attributes(n)) & marked: continue
+            kept.append(k)
+            marked |= writes | (_changes(n) if not isinstance(n, ast.Expr) else reads - MODULES - set(dir(builtins)) - set(homes()) - set(_imports(self.stem)))
+        if not kept: return self
+        need = set().union(*(parts[k][2] for k in kept))
+        for k in reversed(range(len(parts))):
+            n, _, reads, writes = parts[k]
+            if k not in kept and need & (writes | _changes(n)): kept.append(k); need |= reads
+        if len(kept) == len(parts): return self
+        return Example(self.stem, self.cell, "\n".join(parts[k][1] for k in sorted(kept)), "", True)
 
-    def _seed(self, code):
-        "The notebook's seed and number format, where they matter"
-        hidden = [s for _, kind, s, *_ in _statements(self.stem) if kind == "hide"]
-        text = "\n".join([*code, self.source])
-        out = []
-        if "torch" not in text: return out
-        if any("set_default_dtype(torch.float64)" in s for s in hidden): out.append("torch.set_default_dtype(torch.float64)")
-        if "rand" in text and "manual_seed(" not in text: out.append("torch.manual_seed(0)")
-        return out
+    def complete(self): return _complete(self.stem, self.cell, self.source)
+
+
+def _attributes(n): return {f".{o.attr}" for o in ast.walk(n) if isinstance(o, ast.Attribute)}
+
+
+@cache
+def _parts(source):
+    "Statements of a cell: (tree, text with the comments beside it, reads, writes)"
+    out, lines, n_before = [], source.splitlines(), 0
+    for n in ast.parse(source).body:
+        first = min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", []))])
+        if out and first <= n_before:                    # two statements on one line stay together
+            was = out.pop()
+            text = "\n".join([was[1], *lines[n_before:n.end_lineno]])
+            reads, writes = reads_and_writes(text)
+            out.append((ast.parse(text), text, _first_reads(text), writes))
+        else:
+            text = "\n".join(lines[first-1:n.end_lineno])
+            out.append((n, text, *reads_and_writes(text)))
+        n_before = n.end_lineno
+    return out
+
+
+@cache
+def _complete(stem, cell, source):
+    "Imports, and all else that code of a cell needs before it; None if that cannot be told"
+    need = _first_reads(source) - set(dir(builtins)) - {"display"}
+    before, code = [], []
+    for i, kind, text, reads, writes, changes in reversed(_statements(stem)):
+        if i >= cell or not need & (writes | changes): continue
+        if kind == "import":
+            need -= writes
+            before.append(text)
+        elif kind == "export" and any(w in homes() for w in writes): continue
+        elif kind == "export": return None
+        else:
+            need = (need - (writes - changes)) | (reads - set(dir(builtins)))
+            code.insert(0, text)
+    lines = [f"from {package}.{homes()[o].name} import {o}" for o in need if o in homes()]
+    if any(o not in homes() for o in need) or any(re.search(r"import _|IPython", s) for s in before): return None
+    seed = _seed(stem, [*code, source])
+    if any("torch." in s for s in seed): lines.append("import torch")
+    return _joined_imports([*lines, *(_at_home(s) for s in before)]), "\n".join([*seed, *code])
+
+
+def _seed(stem, code):
+    "The notebook's seed and number format, where they matter"
+    hidden, text, out = [s for _, kind, s, *_ in _statements(stem) if kind == "hide"], "\n".join(code), []
+    if "torch." not in text: return out
+    if any("set_default_dtype(torch.float64)" in s for s in hidden): out.append("torch.set_default_dtype(torch.float64)")
+    if "rand" in text and "manual_seed(" not in text and "Generator(" not in text: out.append("torch.manual_seed(0)")
+    return out
 
 
 def _first_reads(source):
@@ -475,7 +539,18 @@ def uses(tree, name, attribute=False):
     return False
 
 
-def _fails_only(tree): return all(isinstance(n, ast.Expr) and getattr(getattr(n.value, "func", None), "id", "") == "test_fail" for n in tree.body)
+def instances(stem, name):
+    "Names of a notebook that stand for instances of a class"
+    makes = {name, *(o for o, m in homes().items() if isinstance(m.defs[o], ast.FunctionDef) and m.defs[o].returns is not None
+                     and getattr(m.defs[o].returns, "id", "") == name)}
+    out = set()
+    for c in notebooks()[stem].code:
+        for n in ast.walk(c.tree):
+            if not isinstance(n, ast.Assign): continue
+            pairs = [(t, n.value) for t in n.targets]
+            pairs += [p for t, v in pairs if isinstance(t, ast.Tuple) and isinstance(v, ast.Tuple) for p in zip(t.elts, v.elts)]
+            out |= {t.id for t, v in pairs if isinstance(t, ast.Name) and isinstance(v, ast.Call) and getattr(v.func, "id", "") in makes}
+    return makes, out
 
 
 @cache
@@ -487,16 +562,22 @@ def means_ours(name, stem):
     return package in _imports(stem).get(name, "") and not any(name in w for _, kind, _, _, w, _ in _statements(stem) if kind != "import")
 
 
-def candidates(name, m, attribute=False):
-    "Cells that show a name at work, those of its own notebook first"
-    start = next((i for i, kind, _, tree, _ in notebooks()[m.notebook].code if kind == "export" and name in _names_defined(tree)), -1)
+def candidates(name, m, method=None):
+    "Cells that show a name, or a method of it, at work, those of its own notebook first"
+    start = next((c.at for c in notebooks()[m.notebook].code if c.kind == "export" and name in _names_defined(c.tree)), -1)
     order = [m.notebook, *(s for s in notebooks() if s > m.notebook and s != "index"), *(s for s in notebooks() if s < m.notebook)]
-    for stem in order[:1] if attribute else order:
+    makes, ours = instances(m.notebook, name) if method else ((), ())
+    for stem in order[:1] if method else order:
         if stem != m.notebook and not means_ours(name, stem): continue
-        for i, kind, source, tree, output in notebooks()[stem].code:
-            if kind != "show" or stem == m.notebook and i < start: continue
-            if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)) or _fails_only(tree): continue
-            if uses(tree, name, attribute): yield Example(stem, i, source, output)
+        for c in notebooks()[stem].code:
+            if c.kind == "export" or stem == m.notebook and c.at < start: continue
+            if c.imports or len(c.fails) == len(c.tree.body): continue
+            if method: found = any(k == method and (getattr(v, "id", "") in ours or isinstance(v, ast.Call) and getattr(v.func, "id", "") in makes) for k, v in c.methods)
+            else: found = name in c.names
+            if not found: continue
+            e = Example(stem, c.at, c.source, c.output).about(f".{method}" if method else name)
+            e.hidden = c.kind == "hide"
+            yield e
 
 
 def _names_defined(tree):
@@ -507,32 +588,40 @@ def _names_defined(tree):
     return out
 
 
+@cache
 def example(name, attribute=None, most=12, whole=18):
     "The example that reads best: short, with a check or an output, complete in itself where that takes few lines"
     best, m = None, homes()[name]
-    for k, e in enumerate(candidates(attribute or name, m, bool(attribute))):
-        if k > 40: break
+    for k, e in enumerate(candidates(name, m, attribute)):
+        if k > 40 or best and not any(best[0][:-1]): break
         lines = len(e.source.splitlines())
-        shows = "assert" in e.source or "test_" in e.source or bool(e.output)
+        shows = bool(re.search(r"assert|test_(?!fail)", e.source) or e.output)
         draws = "plt." in e.source or "ax." in e.source
-        full = e.complete() if lines <= most + 6 else None
+        only_fails = uses_only_in_failures(e.source, attribute or name)
+        full = e.complete() if lines <= whole else None
         fits = full is not None and lines + len(full[1].splitlines()) <= whole and max(map(len, full[1].splitlines() or [""])) <= 140
-        score = (draws, not (fits and lines <= most), e.stem != m.notebook, not shows, lines > most, k)
+        score = (draws, e.hidden, e.stem != m.notebook, only_fails, not (fits and lines <= most), not shows, lines > most, k)
         if best is None or score < best[0]: best = (score, e, full if fits else None)
     return best and best[1:]
 
 
+def uses_only_in_failures(source, name):
+    tree = ast.parse(source)
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.Expr) and getattr(getattr(n.value, "func", None), "id", "") == "test_fail")]
+    return not uses(tree, name) and not uses(tree, name, True)
+
+
+@cache
 def failures(name, most=3):
     "Tested failures: calls that the notebooks show to fail, and with which words"
-    out, m = [], homes()[name]
-    for stem in [m.notebook]:
-        for *_, source, tree, _ in notebooks()[stem].code:
-            for n in ast.walk(tree):
-                if not (isinstance(n, ast.Call) and getattr(n.func, "id", "") == "test_fail" and n.args and isinstance(n.args[0], ast.Lambda)): continue
-                words = next((k.value.value for k in n.keywords if k.arg == "contains" and isinstance(k.value, ast.Constant)), None)
-                body = n.args[0].body
-                if words and isinstance(body, ast.Call) and getattr(body.func, "id", "") == name:
-                    out.append((re.sub(r"\s*\n\s*", " ", ast.get_source_segment(source, body)), words))
+    out = []
+    for c in notebooks()[homes()[name].notebook].code:
+        for n in c.fails:
+            if not (n.args and isinstance(n.args[0], ast.Lambda)): continue
+            words = next((k.value.value for k in n.keywords if k.arg == "contains" and isinstance(k.value, ast.Constant)), None)
+            body = n.args[0].body
+            if words and isinstance(body, ast.Call) and getattr(body.func, "id", "") == name:
+                out.append((re.sub(r"\s*\n\s*", " ", ast.get_source_segment(c.source, body)), words))
     return [o for o in dict.fromkeys(out) if len(o[0]) <= 90][:most]
 
 
@@ -558,6 +647,7 @@ def link(name):
     return f"[{name}]({section_of(homes()[name].name)}.ipynb#{anchor(name)})"
 
 
+@cache
 def public_methods(m, cls):
     "Methods and properties of a class that are for users"
     if any(m.text(b).endswith("autograd.Function") for b in cls.bases): return {}
@@ -601,6 +691,7 @@ def show_example(name, attribute=None):
     found = example(name, attribute)
     if not found: return ""
     e, full = found
+    if attribute and (full is None or f".{attribute}(" in getattr((example(name) or [e])[0], "source", "")): return ""
     title = notebooks()[e.stem].title
     parts = [p for p in (*(full or ()), e.source) if p]
     lead = f"**Example**, from [{title}]({e.stem}.ipynb)" + ("" if full else ", where the rest of it is")
@@ -621,7 +712,7 @@ def function_cell(name, m, fn):
     ps, result = parameters(m, fn), returned(m, fn)
     context = any("contextmanager" in m.text(d) for d in fn.decorator_list)
     doc = doc_of(fn) + (" (a context manager)" if context and doc_of(fn) else "")
-    return [doc, fence(signature(name, ps, result[0])), meaning(ps, result), errors(m, fn), show_failures(name), show_example(name)]
+    return [doc, fence(signature(name, ps, result[0])), meaning(ps, result), show_example(name), errors(m, fn), show_failures(name)]
 
 
 def class_cell(name, m, cls):
@@ -635,7 +726,7 @@ def class_cell(name, m, cls):
     parts = [doc_of(cls), " ".join(about)]
     function = any(b.endswith("autograd.Function") for b in bases)
     if not function and (ps or not any(b.endswith("Error") for b in bases)): parts += [fence(signature(name, ps)), meaning(ps)]
-    parts += [errors(at, check, (m, cls)) if check else "", show_failures(name), makers(name), show_example(name)]
+    parts += [makers(name), show_example(name), errors(at, check, (m, cls)) if check else "", show_failures(name)]
     for k, (where, fn) in own.items(): parts += method_parts(name, k, where, fn, (m, cls))
     above = {}
     for b_m, b in bases_of(m, cls):
@@ -658,18 +749,14 @@ def method_parts(cls_name, k, m, fn, cls):
     if is_property(fn): return [f"#### {cls_name}.{k}", f"{doc_of(fn)} (a property)", meaning([], returned(m, fn))]
     ps, result = parameters(m, fn, skip_first=not static), returned(m, fn)
     called = k in ("forward", "__call__")
-    shown = signature("loss_fn" if called and cls_name.endswith("Loss") else cls_name.lower() if called else f".{k}", ps, result[0])
+    shown = signature(f"{cls_name}(...)" if called else f".{k}", ps, result[0])
     title = f"#### Calling a {cls_name}" if called else f"#### {cls_name}.{k}"
     return [title, doc_of(fn), fence(shown), meaning(ps, result) if any(p.doc for p in ps) or result[1] else "", errors(m, fn, cls),
-            show_example(cls_name, k) if not called and not too_common(k) else ""]
-
-
-@cache
-def too_common(k): return sum(k in public_methods(m, m.defs[o]) for o, m in homes().items() if isinstance(m.defs[o], ast.ClassDef)) > 1
+            show_example(cls_name, k) if not called and not k.startswith("_") else ""]
 
 
 def constant_cell(name, m, node):
-    text = ast.get_source_segment(m.source, node)
+    text = m.segment(node)
     lines = text.splitlines()
     if len(lines) > 16: text = "\n".join([*lines[:15], "..."])
     note = _comment(m, node.end_lineno)
@@ -726,7 +813,7 @@ def page(section):
 
 def write(folder=root/"nbs"):
     "Write all pages"
-    for f in (modules, homes, notebooks, _statements, _imports, too_common): f.cache_clear()
+    for f in (modules, homes, notebooks, _statements, _imports, _parts, _complete, example, failures, public_methods): f.cache_clear()
     for section in SECTIONS: (Path(folder)/f"{section}.ipynb").write_text(page(section), encoding="utf-8", newline="\n")
 
 
