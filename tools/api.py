@@ -13,6 +13,9 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from api_examples import EXTRA, WITHOUT
+
 root = Path(__file__).resolve().parent.parent
 package = "newton_losses_nb"
 
@@ -44,7 +47,7 @@ START = """Where to begin:
 
 SHORT = "`N` is the number of samples, `m` the number of outputs of each; a shape such as `Float[Tensor, \"N m\"]` is a tensor of floats with these sizes."
 
-EXTRA = {}      # name: (imports and code) of an example where no notebook has one; tests/test_api.py runs them
+
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -421,10 +424,13 @@ def _statements(stem):
 
 def _changes(n):
     "Names whose objects a statement changes"
-    if isinstance(n, (ast.Assign, ast.AugAssign)):
-        return {r for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, (ast.Subscript, ast.Attribute)) for r in _names(t)[:1]}
-    if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and isinstance(n.value.func, ast.Attribute): return set(_names(n.value.func)[:1]) - MODULES
-    return set()
+    out = set()
+    for o in [n] if not isinstance(n, (ast.For, ast.While, ast.With, ast.If)) else ast.walk(n):
+        if isinstance(o, (ast.Assign, ast.AugAssign)):
+            targets = [p for t in getattr(o, "targets", [getattr(o, "target", None)]) for p in (t.elts if isinstance(t, ast.Tuple) else [t])]
+            out |= {r for t in targets if isinstance(t, (ast.Subscript, ast.Attribute)) for r in _names(t)[:1]}
+        if isinstance(o, ast.Expr) and isinstance(o.value, ast.Call) and isinstance(o.value.func, ast.Attribute): out |= set(_names(o.value.func)[:1])
+    return out - MODULES
 
 
 MODULES = {"torch", "np", "nn", "F", "plt", "warnings", "random", "math"}
@@ -441,16 +447,25 @@ class Example:
         for k, (n, text, reads, writes) in enumerate(parts):
             if not (reads | _attributes(n)) & marked: continue
             kept.append(k)
-            marked |= writes | (_changes(n) if not isinstance(n, ast.Expr) else reads - MODULES - set(dir(builtins)) - set(homes()) - set(_imports(self.stem)))
+            marked |= writes | (_changes(n) if not _acts(n) else reads - MODULES - set(dir(builtins)) - set(homes()) - set(_imports(self.stem)))
         if not kept: return self
         need = set().union(*(parts[k][2] for k in kept))
         for k in reversed(range(len(parts))):
             n, _, reads, writes = parts[k]
-            if k not in kept and need & (writes | _changes(n)): kept.append(k); need |= reads
+            if k not in kept and need & (writes | _changes(n) | (reads if _acts(n) else set())): kept.append(k); need |= reads
         if len(kept) == len(parts): return self
-        return Example(self.stem, self.cell, "\n".join(parts[k][1] for k in sorted(kept)), "", True)
+        lost = "\n".join(parts[k][1] for k in range(len(parts)) if k not in kept)
+        output = "" if "print(" in lost or len(parts) - 1 not in kept else self.output
+        return Example(self.stem, self.cell, "\n".join(parts[k][1] for k in sorted(kept)), output, True)
 
     def complete(self): return _complete(self.stem, self.cell, self.source)
+
+
+def _acts(n):
+    "Is a statement there for what it does to the objects in it?"
+    if isinstance(n, (ast.For, ast.While, ast.With, ast.If, ast.Try)): return True
+    if not isinstance(n, ast.Expr) or not isinstance(n.value, ast.Call): return False
+    return not re.match(r"print$|test_|assert_|display$", getattr(n.value.func, "id", ""))
 
 
 def _attributes(n): return {f".{o.attr}" for o in ast.walk(n) if isinstance(o, ast.Attribute)}
@@ -688,6 +703,7 @@ def errors(m, fn, cls=None):
 
 def show_example(name, attribute=None):
     if not attribute and name in EXTRA: return f"**Example**\n\n{fence(EXTRA[name].strip())}"
+    if not attribute and name in WITHOUT: return WITHOUT[name]
     found = example(name, attribute)
     if not found: return ""
     e, full = found
@@ -726,7 +742,7 @@ def class_cell(name, m, cls):
     parts = [doc_of(cls), " ".join(about)]
     function = any(b.endswith("autograd.Function") for b in bases)
     if not function and (ps or not any(b.endswith("Error") for b in bases)): parts += [fence(signature(name, ps)), meaning(ps)]
-    parts += [makers(name), show_example(name), errors(at, check, (m, cls)) if check else "", show_failures(name)]
+    parts += [makers(name), users(name), show_example(name), errors(at, check, (m, cls)) if check else "", show_failures(name)]
     for k, (where, fn) in own.items(): parts += method_parts(name, k, where, fn, (m, cls))
     above = {}
     for b_m, b in bases_of(m, cls):
@@ -741,7 +757,13 @@ def class_cell(name, m, cls):
 def makers(name):
     "Functions that return a class of results"
     found = [o for o, m in homes().items() if isinstance(m.defs[o], ast.FunctionDef) and m.defs[o].returns and name in _names(m.defs[o].returns)]
-    return "Returned by " + ", ".join(link(o) for o in found) if found else ""
+    return "Returned by " + ", ".join(link(o) for o in found) + "." if found else ""
+
+
+def users(name):
+    "Classes made on the base of another"
+    found = [o for o, m in homes().items() if isinstance(m.defs[o], ast.ClassDef) and any(getattr(b, "id", "") == name for b in m.defs[o].bases)]
+    return "Base of " + ", ".join(link(o) for o in found) + "." if found else ""
 
 
 def method_parts(cls_name, k, m, fn, cls):
