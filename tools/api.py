@@ -766,10 +766,20 @@ def users(name):
     return "Base of " + ", ".join(link(o) for o in found) + "." if found else ""
 
 
+def method_parameters(m, fn, skip_first, cls):
+    "Parameters of a method, with the docments of the method that it replaces where it has none"
+    ps = parameters(m, fn, skip_first)
+    for b in bases_of(*cls):
+        above = methods_of(*b).get(fn.name)
+        docs = {p.name: p.doc for p in parameters(*above, skip_first)} if above and above[1] is not fn else {}
+        for p in ps: p.doc = p.doc or docs.get(p.name, "")
+    return ps
+
+
 def method_parts(cls_name, k, m, fn, cls):
     static = any(getattr(d, "id", "") == "staticmethod" for d in fn.decorator_list)
     if is_property(fn): return [f"#### {cls_name}.{k}", f"{doc_of(fn)} (a property)", meaning([], returned(m, fn))]
-    ps, result = parameters(m, fn, skip_first=not static), returned(m, fn)
+    ps, result = method_parameters(m, fn, not static, cls), returned(m, fn)
     called = k in ("forward", "__call__")
     shown = signature(f"{cls_name}(...)" if called else f".{k}", ps, result[0])
     title = f"#### Calling a {cls_name}" if called else f"#### {cls_name}.{k}"
@@ -777,12 +787,14 @@ def method_parts(cls_name, k, m, fn, cls):
             show_example(cls_name, k) if not called and not k.startswith("_") else ""]
 
 
+def constant_note(m, node): return _comment(m, node.end_lineno) or _comment(m, node.lineno)
+
+
 def constant_cell(name, m, node):
     text = m.segment(node)
     lines = text.splitlines()
     if len(lines) > 16: text = "\n".join([*lines[:15], "..."])
-    note = _comment(m, node.end_lineno)
-    return [note, fence(text), show_example(name)]
+    return [constant_note(m, node), fence(text), show_example(name)]
 
 
 def name_cell(name, m):
@@ -798,7 +810,7 @@ def _sentence(text): return text if text[-1] in ".?!" else text + "."
 
 def first_line(name, m):
     node = m.defs[name]
-    if isinstance(node, ast.Assign): return _comment(m, node.end_lineno)
+    if isinstance(node, ast.Assign): return constant_note(m, node)
     return doc_of(node)
 
 

@@ -234,19 +234,23 @@ cost = small_path_net()(torch.randn(2, 3, 96, 96))
 assert cost.shape == (2, 144) and (cost > 0).all()
 ''',
 append_run='''
-from newton_losses_nb.records import append_run, environment, run_key
+from newton_losses_nb.data import load_digits
+from newton_losses_nb.experiment import SortingTask, run_record, sorting_config
+from newton_losses_nb.records import append_run, environment, read_runs
 
-config = dict(method="none", seed=0)
-record = dict(format=1, key=run_key(config, "toy"), status="ok", config=config, data_source="toy", result=dict(accuracy=0.5), **environment())
-append_run("toy.jsonl", record)
+task = SortingTask(sorting_config("cauchy", steps=4, eval_every=2, eval_sets=20), load_digits())
+append_run("sorting.jsonl", run_record(task, environment()))
+assert read_runs("sorting.jsonl")[0]["key"] == task.key
 ''',
 open_results='''
-from newton_losses_nb.records import append_run, open_results, run_key
+from newton_losses_nb.data import load_digits
+from newton_losses_nb.experiment import SortingTask, run_record, sorting_config
+from newton_losses_nb.records import append_run, environment, open_results
 
-file, done = open_results("runs", "toy")
-key = run_key(dict(seed=0), "toy")
-if key not in done: append_run(file, dict(format=1, key=key, status="ok", config=dict(seed=0), result=dict(accuracy=0.5)))
-assert key in open_results("runs", "toy")[1]
+task = SortingTask(sorting_config("cauchy", steps=4, eval_every=2, eval_sets=20), load_digits())
+file, done = open_results("runs", "sorting")
+if task.key not in done: append_run(file, run_record(task, environment()))
+assert task.key in open_results("runs", "sorting")[1]
 ''',
 read_runs='''
 from newton_losses_nb.records import read_runs, stored_results
@@ -383,6 +387,7 @@ assert len(table) == 2
 # What has no example of its own, and why
 WITHOUT = dict(
     InjectFisher="Used through `inject_fisher`.",
+    Finding="The entries of a `LossReport`: `report[\"repeatable\"].verdict`.",
     Noise="The kind of the entries of `NOISE`; a distribution of one's own is a further entry.",
     Team="Made by `join_processes`.",
     JoinedBatchNorm="Made by `join_batch_norm`, from the batch normalisation that a network has.",
