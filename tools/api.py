@@ -288,7 +288,7 @@ class Errors:
                     self.seen.add(key)
                     more += self.of(at, target, bound, owner)
             calls = more
-        return self.found
+        return sorted(self.found, key=lambda o: o[1].startswith("…"))
 
 
 def _names(t): return [n.id for n in ast.walk(t) if isinstance(n, ast.Name)]
@@ -778,12 +778,13 @@ def method_parameters(m, fn, skip_first, cls):
 
 def method_parts(cls_name, k, m, fn, cls):
     static = any(getattr(d, "id", "") == "staticmethod" for d in fn.decorator_list)
-    if is_property(fn): return [f"#### {cls_name}.{k}", f"{doc_of(fn)} (a property)", meaning([], returned(m, fn))]
+    if is_property(fn): return [f"#### {cls_name}.{k}", f"{doc_of(fn) or 'A value'} (a property).", meaning([], returned(m, fn))]
     ps, result = method_parameters(m, fn, not static, cls), returned(m, fn)
     called = k in ("forward", "__call__")
     shown = signature(f"{cls_name}(...)" if called else f".{k}", ps, result[0])
-    title = f"#### Calling a {cls_name}" if called else f"#### {cls_name}.{k}"
-    return [title, doc_of(fn), fence(shown), meaning(ps, result) if any(p.doc for p in ps) or result[1] else "", errors(m, fn, cls),
+    title = f"#### Calling {'an' if cls_name[0] in 'AEIO' else 'a'} {cls_name}" if called else f"#### {cls_name}.{k}"
+    doc = doc_of(fn) + " (a context manager)"*(bool(doc_of(fn)) and any("contextmanager" in m.text(d) for d in fn.decorator_list))
+    return [title, doc and _sentence(doc), fence(shown), meaning(ps, result) if any(p.doc for p in ps) or result[1] else "", errors(m, fn, cls),
             show_example(cls_name, k) if not called and not k.startswith("_") else ""]
 
 

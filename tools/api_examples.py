@@ -1,6 +1,34 @@
 "Examples for the API reference, of names that no cell of a notebook shows by itself; tests/test_api.py runs them."
 
 EXTRA = dict(
+NewtonLoss='''
+import torch
+from torch import nn
+from newton_losses_nb.newton import NewtonLoss
+
+x, target = torch.randn(100, 3), torch.randn(100, 4)
+net = nn.Linear(3, 4)
+opt = torch.optim.Adam(net.parameters())
+
+def my_loss(y, target): return (y - target).abs().sum(1)      # one value per sample
+loss_fn = NewtonLoss(my_loss, curvature="fisher")             # the only changed line
+
+loss, plain = loss_fn(net(x), target), my_loss(net(x), target).mean()
+torch.testing.assert_close(loss, plain)                       # the value is that of the plain loss
+loss.backward()
+opt.step()
+''',
+inject_fisher='''
+import torch
+from torch import nn
+from newton_losses_nb.newton import inject_fisher
+
+x, labels = torch.randn(100, 3), torch.randint(4, (100,))
+net = nn.Linear(3, 4)
+loss = nn.functional.cross_entropy(inject_fisher(net(x)), labels)       # any loss that is a mean over samples
+loss.backward()
+assert net.weight.grad.isfinite().all()
+''',
 backward_rows='''
 import torch
 from newton_losses_nb.curvature import backward_rows
