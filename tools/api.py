@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-import symtable
 import sys
 import tokenize
 from functools import cache
@@ -35,7 +34,7 @@ SECTIONS = {
 START = """Where to begin:
 
 - Your training loop has a loss with one value per sample: wrap it with {NewtonLoss}.
-- The loss cannot be changed, or does not give one value per sample: put {inject_fisher} before it.
+- The loss cannot be changed, and is a mean or a sum over samples: put {inject_fisher} before it.
 - Will it work for this loss, and with which settings? Ask {check_loss}.
 - The loss comes from another library: {per_sample} or {permutation_loss} make it fit.
 - Learn scores from orderings: {SortingLoss}, with {true_permutation} for the labels.
@@ -223,11 +222,12 @@ def doc_of(node): return re.sub(r"\s+", " ", ast.get_docstring(node) or "")
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-SAFE = {k: getattr(builtins, k) for k in ("repr", "str", "map", "sorted", "len", "tuple", "list", "int", "float", "set")}
+SAFE = {k: getattr(builtins, k) for k in ("repr", "str", "map", "sorted", "len", "tuple", "list", "int", "float")}
 ERRORS = re.compile(r"(Error|Exception|Exit|Interrupt)$")
 
 
 def _literal(node):
+    if any(isinstance(n, ast.Set) for n in ast.walk(node)): return ()          # in no order
     try: return (ast.literal_eval(node),)
     except (ValueError, TypeError, SyntaxError): return ()
 
@@ -384,19 +384,46 @@ def notebooks():
     return {s: Notebook(root/"nbs"/f"{s}.ipynb") for s in stems}
 
 
-def _tables(t):
-    yield t
-    for c in t.get_children(): yield from _tables(c)
+def _stores(nodes):
+    "Names that are assigned among nodes, not within functions of theirs"
+    for n in nodes:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): yield n.name
+        elif isinstance(n, (ast.Import, ast.ImportFrom)): yield from (a.asname or a.name.split(".")[0] for a in n.names)
+        elif isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del)): yield n.id
+        elif isinstance(n, ast.ExceptHandler) and n.name: yield n.name
+        if isinstance(n, ast.FunctionDef): yield from _stores(n.decorator_list)
+        elif not isinstance(n, (ast.Lambda, ast.ClassDef, *COMPREHENSIONS)): yield from _stores(ast.iter_child_nodes(n))
 
 
-def reads_and_writes(source):
-    "Global names that a piece of code needs, and those that it makes"
-    top = symtable.symtable(source, "", "exec")
-    writes = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
-    reads = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
-    for t in _tables(top):
-        if t is not top: reads |= {s.get_name() for s in t.get_symbols() if s.is_global() and s.is_referenced()}
-    return reads, writes
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def _reads(n, bound):
+    "Names that a node reads from outside of it"
+    if isinstance(n, ast.Name):
+        if isinstance(n.ctx, ast.Load) and n.id not in bound: yield n.id
+        return
+    inner, outer = bound, []
+    if isinstance(n, (ast.FunctionDef, ast.Lambda)):
+        a = n.args
+        args = [*a.posonlyargs, *a.args, *a.kwonlyargs, *(o for o in (a.vararg, a.kwarg) if o)]
+        body = n.body if isinstance(n.body, list) else [n.body]
+        inner = bound | {o.arg for o in args} | set(_stores(body))
+        outer = [*a.defaults, *(o for o in a.kw_defaults if o), *(o.annotation for o in args if o.annotation), *getattr(n, "decorator_list", [])]
+        if getattr(n, "returns", None): outer.append(n.returns)
+    elif isinstance(n, ast.ClassDef): body, outer, inner = n.body, [*n.bases, *n.decorator_list], bound | set(_stores(n.body))
+    elif isinstance(n, COMPREHENSIONS):
+        inner = bound | {o for g in n.generators for o in _names(g.target)}
+        body, outer = list(ast.iter_child_nodes(n)), [n.generators[0].iter]
+    else: body = ast.iter_child_nodes(n)
+    for o in outer: yield from _reads(o, bound)
+    for o in body: yield from _reads(o, inner)
+
+
+def reads_and_writes(code):
+    "Global names that a statement or a piece of code needs, and those that it makes"
+    nodes = ast.parse(code).body if isinstance(code, str) else [code]
+    return {o for n in nodes for o in _reads(n, frozenset())}, set(_stores(nodes))
 
 
 @cache
@@ -524,8 +551,8 @@ def _first_reads(source):
     "Names that code needs from before it"
     need, made = set(), set()
     for n in ast.parse(source).body:
-        reads, writes = reads_and_writes(ast.get_source_segment(source, n) if not getattr(n, "decorator_list", None) else ast.unparse(n))
-        need |= reads - made - (writes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.For)) else set())
+        reads, writes = reads_and_writes(n)
+        need |= reads - made - (writes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.For, ast.With)) else set())
         made |= writes
     return need
 
@@ -795,7 +822,7 @@ def constant_cell(name, m, node):
     text = m.segment(node)
     lines = text.splitlines()
     if len(lines) > 16: text = "\n".join([*lines[:15], "..."])
-    return [constant_note(m, node), fence(text), show_example(name)]
+    return [constant_note(m, node), fence(text)]
 
 
 def name_cell(name, m):
@@ -820,7 +847,7 @@ def module_cell(m):
     about = ast.get_docstring(m.tree).strip()
     rows = "\n".join(f"| [{o}](#{anchor(o)}) | {cell_text(first_line(o, m))} |" for o in m.home)
     other = [o for o in m.names if o not in m.home]
-    parts = [f"## {package}.{m.name}", f"{about} The notebook: [{title}]({m.notebook}.ipynb).", f"| name | what |\n|:---|:---|\n{rows}"]
+    parts = [f"## Module {m.name}", f"{about} The notebook: [{title}]({m.notebook}.ipynb).", f"| name | what |\n|:---|:---|\n{rows}"]
     if other: parts.append("Also offered by this module: " + ", ".join(link(o) for o in other) + ".")
     return "\n\n".join(parts)
 
