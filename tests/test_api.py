@@ -124,7 +124,7 @@ def examples():
     "Those that are shown as complete, once each"
     found = {code: name for name, code in EXTRA.items()}
     for o, k in [*((o, None) for o in api.homes()), *((o, k) for o, c in CLASSES.items() for k in api.public_methods(*c))]:
-        if not k and (o in EXTRA or o in WITHOUT): continue
+        if not k and (o in EXTRA or o in WITHOUT or isinstance(api.homes()[o].defs[o], ast.Assign)): continue
         e = api.example(o, k)
         if e and e[1] and e[0].stem not in TIMED: found.setdefault("\n".join([*e[1], e[0].source]), f"{o}.{k}" if k else o)
     return {name: code for code, name in found.items()}

@@ -305,18 +305,25 @@ from newton_losses_nb.report import in_percent
 
 assert in_percent("exact_match") and not in_percent("true_loss")
 ''',
+format_table='''
+from newton_losses_nb.records import read_runs, stored_results
+from newton_losses_nb.report import format_table, summary
+
+table = summary(read_runs(stored_results("sorting_cpu"))[:20])
+print(format_table(table))
+''',
 write_report='''
 from newton_losses_nb.plots import write_report
 from newton_losses_nb.records import read_runs, stored_results
 
-files = write_report(read_runs(stored_results("sorting_cpu")), "report")
+files = write_report(read_runs(stored_results("sorting_cpu"))[:20], "report")
 print([f.name for f in files])
 ''',
 plot_curves='''
 from newton_losses_nb.plots import plot_curves
 from newton_losses_nb.records import read_runs, stored_results
 
-fig = plot_curves(read_runs(stored_results("sorting_cpu")), "exact_match", x="step")
+fig = plot_curves(read_runs(stored_results("sorting_cpu"))[:20], "exact_match", x="step")
 fig.savefig("curves.svg")
 ''',
 path_loss_fn='''
@@ -355,9 +362,10 @@ nl_bench(["scaling", "--help"])                    # lists the options, which ar
 ''',
 report='''
 from newton_losses_nb.cli import report            # or: nl_report FOLDER --out report
-from newton_losses_nb.records import stored_results
+from newton_losses_nb.records import append_run, read_runs, stored_results
 
-report(str(stored_results("sorting_cpu")), out="report")
+for run in read_runs(stored_results("sorting_cpu"))[:20]: append_run("few.jsonl", run)
+report("few.jsonl", out="report")
 ''',
 join_processes='''
 from newton_losses_nb.processes import join_processes, leave_processes    # in a script that torchrun starts
