@@ -794,11 +794,14 @@ def users(name):
 
 
 def method_parameters(m, fn, skip_first, cls):
-    "Parameters of a method, with the docments of the method that it replaces where it has none"
+    "Parameters of a method, with the docments of the method that it replaces, or of the other methods of its class, where it has none"
     ps = parameters(m, fn, skip_first)
     for b in bases_of(*cls):
         above = methods_of(*b).get(fn.name)
         docs = {p.name: p.doc for p in parameters(*above, skip_first)} if above and above[1] is not fn else {}
+        for p in ps: p.doc = p.doc or docs.get(p.name, "")
+    for at, other in methods_of(*cls).values():
+        docs = {p.name: p.doc for p in parameters(at, other)} if other is not fn and not other.name.startswith("_") or other.name in ("__init__", "__call__") else {}
         for p in ps: p.doc = p.doc or docs.get(p.name, "")
     return ps
 
