@@ -12,6 +12,8 @@ from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
 from nbdev.serve import proc_nbs
 
+import api
+
 root = Path(__file__).resolve().parent.parent
 
 
@@ -34,4 +36,5 @@ if __name__ == '__main__':
     os.chdir(root)
     nbdev_export()
     nbdev_clean()
+    api.write()
     readme()
