@@ -97,7 +97,8 @@ def sorting_loss(
 # %% ../nbs/07_experiment.ipynb #463e0c74
 class Task:
     "What a training run needs; a subclass adds `make_network`, `batches`, `evaluation` and `scores`"
-    milestones = () # Steps after which the learning rate falls tenfold
+    milestones = ()               # Steps after which the learning rate falls tenfold
+    optimizer = torch.optim.Adam  # Called with the weights and `lr`
 
     def __init__(
         self,
@@ -110,6 +111,9 @@ class Task:
 
     @property
     def key(self): return run_key(self.config, self.source)
+
+    @property
+    def lr(self): return self.config["lr"]
 
     def time(self, step): return {"step": step}
 
@@ -247,7 +251,7 @@ def fit(
     c, net = task.config, team.network(task.make_network())
     loss = METHODS[c["method"]](task.loss_fn, c["lam"], c["max_norm"])
     max_norm = c["max_norm"] if c["method"] == "clip_grad" else math.inf
-    opt, valid, best = torch.optim.Adam(net.parameters(), lr=c["lr"]), task.evaluation("valid"), (-1., 0, None)
+    opt, valid, best = task.optimizer(net.parameters(), lr=task.lr), task.evaluation("valid"), (-1., 0, None)
     seconds, seen, batches = 0., [], task.batches()
     drops = torch.optim.lr_scheduler.MultiStepLR(opt, task.milestones)
     with _precision(c["precision"], task.device) as forward:
