@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import ttest_rel
 
 # %% ../nbs/08_report.ipynb #739fa750
-method_fields = ("lam", "max_norm", "eigenvalues", "average")
+method_fields = ("lam", "max_norm", "gain", "eigenvalues", "average")
 
 def _fields(d, keys): return [f"{k}={d[k]}" for k in keys if d.get(k) is not None]
 
@@ -32,7 +32,7 @@ def _setting(r):
 
 def _names(settings):
     "A short name for each setting"
-    first = [s.get("relaxation", s.get("loss", "all runs")) for s in settings]
+    first = [s.get("setting", s.get("relaxation", s.get("loss", "all runs"))) for s in settings]
     short = [", ".join([o, *_fields(s, ["n"])]) for o, s in zip(first, settings)]
     differ = pd.DataFrame(settings).fillna("").groupby(short).transform("nunique") > 1
     more = [_fields(s, differ.columns[differ.loc[i]]) for i, s in enumerate(settings)]
