@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'digit_loss', 'mlp', 'lenet5', 'weight_layers', 'layer_gradients',
-           'like_tanh', 'make_classifier', 'first_step', 'classification_config', 'ClassificationTask',
+           'like_tanh', 'glorot', 'make_classifier', 'first_step', 'classification_config', 'ClassificationTask',
            'ClassificationFeed', 'classification_grid']
 
 # %% ../nbs/31_classification.ipynb #7c1fab73
@@ -77,11 +77,21 @@ def like_tanh(
     return net
 
 # %% ../nbs/31_classification.ipynb #27132176
+def glorot(
+    net:nn.Module, # Changed in place
+) -> nn.Module:    # The same network
+    "Initial weights after Glorot and Bengio, biases of zero"
+    for m in weight_layers(net):
+        nn.init.xavier_uniform_(m.weight)
+        nn.init.zeros_(m.bias)
+    return net
+
+# %% ../nbs/31_classification.ipynb #3677e4e2
 CLASSIFIERS = dict(
     mlp_relu=functools.partial(mlp, nn.ReLU), mlp_tanh=functools.partial(mlp, nn.Tanh),
     lenet_relu=functools.partial(lenet5, nn.ReLU), lenet_tanh=functools.partial(lenet5, nn.Tanh),
     lenet_sigmoid=functools.partial(lenet5, nn.Sigmoid),
-    lenet_sigmoid_mended=lambda side: like_tanh(lenet5(nn.Sigmoid, side)))
+    lenet_sigmoid_mended=lambda side: like_tanh(glorot(lenet5(nn.Sigmoid, side))))
 
 def make_classifier(
     name:str,       # A key of `CLASSIFIERS`
