@@ -89,8 +89,8 @@ def glorot(
 # %% ../nbs/31_classification.ipynb #3677e4e2
 CLASSIFIERS = dict(
     mlp_relu=functools.partial(mlp, nn.ReLU), mlp_tanh=functools.partial(mlp, nn.Tanh),
-    lenet_relu=functools.partial(lenet5, nn.ReLU), lenet_tanh=functools.partial(lenet5, nn.Tanh),
-    lenet_sigmoid=functools.partial(lenet5, nn.Sigmoid),
+    mlp_sigmoid=functools.partial(mlp, nn.Sigmoid),
+    lenet_relu=functools.partial(lenet5, nn.ReLU), lenet_sigmoid=functools.partial(lenet5, nn.Sigmoid),
     lenet_sigmoid_mended=lambda side: like_tanh(glorot(lenet5(nn.Sigmoid, side))))
 
 def make_classifier(
