@@ -58,10 +58,12 @@ def layer_gradients(
     net:nn.Module,  # A classifier
     x:Tensor,       # Images
     t:Tensor,       # Their digits
+    method:str="none", # What is sent back to the scores, a key of `METHODS`
+    lam:float=0.1,  # Damping λ
 ) -> list[float]:   # From the first layer to the last
     "Norm of the gradient of each layer's weights"
-    weights = [m.weight for m in weight_layers(net)]
-    return [g.norm().item() for g in torch.autograd.grad(digit_loss(net(x), t).mean(), weights)]
+    weights, loss = [m.weight for m in weight_layers(net)], METHODS[method](digit_loss, lam, 0.1)
+    return [g.norm().item() for g in torch.autograd.grad(loss(net(x), t), weights)]
 
 # %% ../nbs/31_classification.ipynb #27fe5930
 def like_tanh(
