@@ -213,7 +213,7 @@ def _configuration(g):
     different = pd.DataFrame(settings).fillna("").nunique() > 1
     same = [k for k in different.index if not different[k]]
     named = ("relaxation", "n") if "relaxation" in different else ("loss", "n")
-    others = [k for k in different.index if different[k] and k not in named]
+    others = [k for k in different.index if different[k] and k not in (*named, "setting")]
     rest = [", ".join(o for o in _fields(s, others) if o not in name) for s, name in zip(settings, g.setting)]
     lines = {"Equal in all runs": ", ".join(_fields(settings[0], same)) or "nothing",
              "By setting": _by_setting(g, rest),

@@ -12,7 +12,7 @@ from newton_losses_nb.experiment import METHODS, SortingTask, fit, run_all, sort
 from newton_losses_nb.fast_training import SideBySide, seeds_together
 from newton_losses_nb.plots import plot_curves
 from newton_losses_nb.records import read_runs, stored_results
-from newton_losses_nb.report import group_runs, summary
+from newton_losses_nb.report import caption, group_runs, summary
 
 DIGITS = load_digits()
 FEW = {k: type(d)(d.images[:n], d.labels[:n], d.source) for (k, d), n in zip(DIGITS.items(), (60, 30, 30))}
@@ -127,6 +127,8 @@ def test_resume_and_report(tmp_path):
     assert list(dict.fromkeys(table.setting)) == [f"mlp_tanh, {o}, {e}" for o in ("adam", "sgd") for e in ("1 epoch", "2 epochs")]
     assert (table[table.method != "none"].pairs == 3).all()                # another gain is no other setting
     assert len(plot_curves(runs, x="epoch").axes) == 4
+    text = caption(runs)
+    assert "gain=0.3" in text and "setting=" not in text
     assert all(r["curves"]["epoch"][-1] == r["config"]["epochs"] for r in runs)
 
 def test_names_of_settings_and_gains():
