@@ -115,9 +115,13 @@ class Task:
         return run_key(self.config, self.source)
 
     @property
-    def lr(self): return self.config["lr"]
+    def lr(self):
+        "Learning rate at the start"
+        return self.config["lr"]
 
-    def time(self, step): return {"step": step}
+    def time(self, step):
+        "What the curves say of the time at a step"
+        return {"step": step}
 
     def true_loss(self, y, *targets):
         "The loss that evaluation reports, one value per sample"

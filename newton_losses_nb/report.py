@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import ttest_rel
 
 # %% ../nbs/08_report.ipynb #739fa750
-method_fields = ("lam", "max_norm", "gain", "eigenvalues", "average")
+method_fields = ("lam", "max_norm", "gain", "eigenvalues", "average") # Entries of a configuration that belong to the method, not to the setting
 
 def _fields(d, keys): return [f"{k}={d[k]}" for k in keys if d.get(k) is not None]
 
