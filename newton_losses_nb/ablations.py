@@ -189,11 +189,11 @@ class Arm:
     "One configuration of an ablation, for any seed"
     config:dict           # Arguments of `ablation_config`
     candidates:tuple=({},) # Entries to choose from, by validation on other seeds
-    tuned_as:dict|None=None # What is different while choosing; None: nothing
+    tuned_as:dict|None=None # What is different in a trial; None: nothing
 
-    def configs(self, candidate, seeds, tuning=False, **more):
-        "Complete configurations, one for each seed"
-        c = more | self.config | (self.tuned_as or {} if tuning else {}) | candidate
+    def configs(self, candidate, seeds, trial=None, **more):
+        "Complete configurations, one for each seed; `trial` says what is different in a trial"
+        c = more | self.config | ({} if trial is None else (self.tuned_as or {}) | trial) | candidate
         return [ablation_config(seed=s, **c) for s in seeds]
 
 # %% ../nbs/30_ablations.ipynb #ff0502d7
@@ -241,7 +241,7 @@ def curvature_arms(n, steps, batch, lr):
 def targets_arms(n, steps, batch, lr):
     "K network steps for each target"
     few = max(1, steps//5)
-    def arm(method, k): return Arm(dict(relaxation="neural_sort", method=f"{method}_k{k}", steps=max(steps, k*few), eval_every=few),
+    def arm(method, k): return Arm(dict(relaxation="neural_sort", method=f"{method}_k{k}", steps=max(steps, k*few), eval_every=min(steps, k*few)),
                                    tuple({"lam": o} for o in (.01, .1, 1.)))
     return [arm(m, k) for m in ("gradient", "fisher") for k in (1, 2, 5, 10)]
 
@@ -293,9 +293,9 @@ def run_ablation(
     more = dict(n=n, steps=steps, batch=batch, network=network, device=device, precision=precision,
                 eval_every=eval_every or steps, eval_sets=eval_sets)
     arms = ABLATIONS[name].arms(n, steps, batch, lr)
-    trial = more if tuning_steps is None else more | dict(steps=tuning_steps, eval_every=tuning_steps)
+    trial = {} if tuning_steps is None else dict(steps=tuning_steps, eval_every=tuning_steps)
     run = lambda configs, *where: list(run_all([AblationTask(c, digits) for c in configs], *where, show=show, engine=engine))
-    chosen = choose(arms, trial, tuning_seeds, lambda configs: run(configs, tuning_out or Path(out)/"tuning", "tuning"))
+    chosen = choose(arms, more, trial, tuning_seeds, lambda configs: run(configs, tuning_out or Path(out)/"tuning", "tuning"))
     seeds = list(seeds)
     configs = [arm.configs(c, seeds, **more) for arm, c in zip(arms, chosen)]
     return run([c for per_seed in zip(*configs) for c in per_seed], out, name)
@@ -303,17 +303,18 @@ def run_ablation(
 # %% ../nbs/30_ablations.ipynb #f4924238
 def choose(
     arms:list[Arm],        # The arms
-    trial:dict,            # Entries that all trials have
+    more:dict,             # Entries of the configuration that all arms have
+    trial:dict,            # What is different in a trial
     seeds:Iterable[int],   # Seeds to try them on
     run:Callable,          # Configurations to records
 ) -> list[dict]:           # The best candidate of each arm
     "Choose candidates by their mean validation match; a failed run counts as zero"
     seeds, free = list(seeds), [a for a in arms if len(a.candidates) > 1]
-    plan = [a.configs(c, seeds, tuning=True, **trial) for a in free for c in a.candidates]
+    plan = [a.configs(c, seeds, trial, **more) for a in free for c in a.candidates]
     flat = [c for configs in plan for c in configs]
     records = run(flat) if flat else []
     match = {str(c): r["result"]["valid_exact_match"] if r["result"] else 0. for c, r in zip(flat, records)}
-    def score(arm, c): return sum(match[str(o)] for o in arm.configs(c, seeds, tuning=True, **trial))/len(seeds)
+    def score(arm, c): return sum(match[str(o)] for o in arm.configs(c, seeds, trial, **more))/len(seeds)
     return [max(a.candidates, key=lambda c: score(a, c)) if len(a.candidates) > 1 else a.candidates[0] for a in arms]
 
 # %% ../nbs/30_ablations.ipynb #23a04302

@@ -35,12 +35,12 @@ def test_every_method_has_as_many_trials(name):
 
 def test_noise_is_tuned_on_right_orders_once():
     arms = ABLATIONS["noise"].arms(**SIZE)
-    tuned = Counter(json.dumps(c, sort_keys=True) for a in arms for k in a.candidates for c in a.configs(k, [1000], tuning=True))
+    tuned = Counter(json.dumps(c, sort_keys=True) for a in arms for k in a.candidates for c in a.configs(k, [1000], {}))
     assert set(tuned.values()) == {3} and not any("noise" in json.loads(c) for c in tuned)
 
 def test_transfer_is_tuned_on_its_own_size():
     for arm in ABLATIONS["transfer"].arms(**SIZE):
-        c, = arm.configs(arm.candidates[0], [1000], tuning=True)
+        c, = arm.configs(arm.candidates[0], [1000], {})
         assert "test_n" not in c and c["n"] == arm.config["n"]
 
 def test_a_run_that_is_the_same_has_the_same_key(digits):
@@ -107,7 +107,7 @@ def record(c, match): return dict(config=c, key=json.dumps(c), status="ok" if ma
 def test_choice_is_the_best_mean_and_failures_count_as_zero():
     matches = {(1e-3, 0): .3, (1e-3, 1): .3, (1e-2, 0): .9, (1e-2, 1): None, (1e-1, 0): .25, (1e-1, 1): .25}
     arm = Arm(dict(method="fisher"), tuple({"lam": o} for o in (1e-3, 1e-2, 1e-1)))
-    pick = lambda: choose([arm, Arm(dict(method="none"))], dict(steps=10), (0, 1), lambda cs: [record(c, matches[c["lam"], c["seed"]]) for c in cs])
+    pick = lambda: choose([arm, Arm(dict(method="none"))], dict(steps=10), {}, (0, 1), lambda cs: [record(c, matches[c["lam"], c["seed"]]) for c in cs])
     assert pick() == [{"lam": 1e-2}, {}]                  # .9 and a failure: .45
     matches[1e-2, 0] = .5
     assert pick() == [{"lam": 1e-3}, {}]
