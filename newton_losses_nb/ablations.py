@@ -233,8 +233,9 @@ STEEP = dict(relaxation="logistic", steepness=3000.)
 
 def curvature_arms(n, steps, batch, lr):
     "Newton methods and controls, where gradients are tame and where they explode"
-    tame = [Arm(dict(relaxation="neural_sort", method=m), candidates(m, lr)) for m in COMPARED if m != "hessian_abs"]
-    wild = [Arm(dict(STEEP, loss="bce_clamped", method=m), candidates(m, lr, (1., 100., "auto"), (.1, 1., 10.))) for m in COMPARED]
+    lams = {m: (.1, 1., 10.) if m.endswith("sample") else LAMS for m in COMPARED}
+    tame = [Arm(dict(relaxation="neural_sort", method=m), candidates(m, lr, lams[m])) for m in COMPARED if m != "hessian_abs"]
+    wild = [Arm(dict(STEEP, loss="bce_clamped", method=m), candidates(m, lr, (1e2, 1e4, 1e6), (.1, 1., 10.))) for m in COMPARED]
     return [*tame, *wild, Arm(dict(STEEP, method="none"), candidates("none", lr))]
 
 # %% ../nbs/30_ablations.ipynb #1bfb994f
