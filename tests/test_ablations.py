@@ -48,7 +48,7 @@ def test_a_run_that_is_the_same_has_the_same_key(digits):
     assert plain == sorting_config("cauchy", "fisher", lam=.1, seed=3)
     assert AblationTask(plain, digits).key != AblationTask(ablation_config("cauchy", "fisher", lam=.1, noise="swap", share=.1, seed=3), digits).key
 
-@given(n=st.integers(2, 8), share=st.sampled_from((0., .3, 1.)), kind=st.sampled_from(ablations.NOISE), seed=st.integers(0, 99))
+@given(n=st.integers(2, 8), share=st.sampled_from((0., .3, 1.)), kind=st.sampled_from(ablations.ORDER_NOISE), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_wrong_orders_are_orders(n, share, kind, seed):
     told = wrong_orders(50, n, share, kind, torch.Generator().manual_seed(seed))
