@@ -6,7 +6,7 @@
 __all__ = ['EXTRA_METHODS', 'HELD', 'ORDER_NOISE', 'CONTROLS', 'LAMS', 'NORMS', 'DECADES', 'COMPARED', 'STEEP', 'ABLATIONS',
            'GradientStep', 'HeldTarget', 'wrong_orders', 'ablation_config', 'AblationTask', 'reorder', 'AblationFeed',
            'Arm', 'Ablation', 'candidates', 'damping_arms', 'curvature_arms', 'targets_arms', 'transfer_arms',
-           'noise_arms', 'run_ablation', 'choose', 'forget', 'compare']
+           'noise_arms', 'run_ablation', 'choose', 'forget', 'compare_arms']
 
 # %% ../nbs/30_ablations.ipynb #8be09dc0
 from collections.abc import Callable, Iterable
@@ -328,7 +328,7 @@ def forget(
     return [r | {"config": r["config"] | gone} for r in runs]
 
 # %% ../nbs/30_ablations.ipynb #db473f92
-def compare(
+def compare_arms(
     runs:list[dict],          # Records
     pairs:dict,               # Name of a comparison: two functions of a configuration, the first minus the second
     score:Callable,           # A record to a number in percent

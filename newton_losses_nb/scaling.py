@@ -189,7 +189,7 @@ def speed_curves(
 # %% ../nbs/22b_scaling.ipynb #3142eaab
 def draw_curves(
     table:pd.DataFrame, # From `curve_table`
-) -> "matplotlib.figure.Figure": # The figure
+) -> object:            # A matplotlib figure
     "Time and memory over size, both axes logarithmic"
     from matplotlib import pyplot as plt
     variables = table.variable.unique()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from newton_losses_nb import ablations
-from newton_losses_nb.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare,
+from newton_losses_nb.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare_arms,
                                         forget, reorder, run_ablation, wrong_orders)
 from newton_losses_nb.data import load_digits
 from newton_losses_nb.experiment import METHODS, sorting_config
@@ -116,7 +116,7 @@ def test_compare_is_the_paired_test_of_the_report():
     a, b = [.31, .42, .55, None], [.30, .43, .50, .4]
     runs = [record(dict(method=m, seed=s, n=5), v) for m, vs in (("fisher", a), ("none", b)) for s, v in enumerate(vs)]
     is_method = lambda m: lambda c: c["method"] == m
-    row = compare(runs, {"it": (is_method("fisher"), is_method("none"))}, lambda r: 100*r["result"]["exact_match"]).loc["it"]
+    row = compare_arms(runs, {"it": (is_method("fisher"), is_method("none"))}, lambda r: 100*r["result"]["exact_match"]).loc["it"]
     expected = paired_test({s: 100*v for s, v in enumerate(a[:3])}, {s: 100*v for s, v in enumerate(b[:3])})
     for k, v in expected.items(): assert abs(row[k] - v) < 1e-9
     assert row.pairs == 3 and row.p_holm == row.p
