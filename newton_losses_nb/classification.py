@@ -52,7 +52,11 @@ def lenet5(
                          nn.Flatten(), nn.Linear(16*left**2, 120), a(), nn.Linear(120, 84), a(), nn.Linear(84, 10))
 
 # %% ../nbs/31_classification.ipynb #831e1b0e
-def weight_layers(net): return [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+def weight_layers(
+    net:nn.Module,    # A classifier
+) -> list[nn.Module]: # From the first layer to the last
+    "The full layers and the convolutions of a network"
+    return [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
 
 def layer_gradients(
     net:nn.Module,  # A classifier
@@ -89,7 +93,7 @@ def glorot(
     return net
 
 # %% ../nbs/31_classification.ipynb #3677e4e2
-CLASSIFIERS = dict(
+CLASSIFIERS = dict( # Networks by name, called with `side`
     mlp_relu=functools.partial(mlp, nn.ReLU), mlp_tanh=functools.partial(mlp, nn.Tanh),
     mlp_sigmoid=functools.partial(mlp, nn.Sigmoid),
     lenet_relu=functools.partial(lenet5, nn.ReLU), lenet_sigmoid=functools.partial(lenet5, nn.Sigmoid),
@@ -104,8 +108,8 @@ def make_classifier(
     return models.make_network(name, seed, {k: functools.partial(f, side=side) for k, f in CLASSIFIERS.items()})
 
 # %% ../nbs/31_classification.ipynb #a1fa4150
-OPTIMIZERS = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam)
-BASE_RATES = dict(sgd=0.3, adam=3e-3)
+OPTIMIZERS = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam) # Optimisers by name
+BASE_RATES = dict(sgd=0.3, adam=3e-3)                         # Learning rate of the plain loss, for each optimiser
 
 def first_step(
     method:str,         # A key of `METHODS`
@@ -182,18 +186,30 @@ class ClassificationTask(Task):
         same = first_step(c["method"], c["lam"], c["max_norm"]) if c["optimizer"] == "sgd" else 1.
         return c["lr"]*(c["gain"] or 1.)*same
 
-    def time(self, step): return {"step": step, "epoch": step*self.config["batch"]/self.config["train"]}
+    def time(
+        self,
+        step:int, # Training steps so far
+    ) -> dict:    # Step and epoch
+        "What the curves say of the time at a step"
+        return {"step": step, "epoch": step*self.config["batch"]/self.config["train"]}
 
     def make_network(self):
         "The network at the start of training"
         c = self.config
         return make_classifier(c["network"], c["seed"], 28//c["pool"]).to(self.device, self.dtype)
 
-    def pixels(self, split):
+    def pixels(
+        self,
+        split:str,                     # "train", "valid" or "test"
+    ) -> Float[Tensor, "N side side"]: # Between 0 and 1
+        "Images of a split, shrunk as configured"
         x = pool_digits(self.digits[split].images, self.config["pool"]).to(self.device, self.dtype)
         return x/255 if self.config["pool"] == 1 else x
 
-    def data(self, split):
+    def data(
+        self,
+        split:str,                                                  # "train", "valid" or "test"
+    ) -> tuple[Float[Tensor, "N 1 side side"], Int64[Tensor, "N"]]: # Images and digits
         "Images without the mean and deviation of the training images, `(N, 1, side, side)`, and their digits"
         x, known = self.pixels(split), self.pixels("train")
         return ((x - known.mean())/known.std())[:, None], self.digits[split].labels.to(self.device)
@@ -203,14 +219,29 @@ class ClassificationTask(Task):
         x, t = self.data("train")
         for i in _epochs(len(t), self.config["batch"], self.config["seed"]): yield x[i], (t[i],)
 
-    def evaluation(self, split):
+    def evaluation(
+        self,
+        split:str, # "train", "valid" or "test"
+    ) -> tuple:    # What `evaluate` takes
         "All digits of a split: images, the argument of the loss, labels"
         x, t = self.data(split)
         return x, (t,), t
 
-    def scores(self, y, labels): return {"exact_match": y.argmax(-1) == labels}
+    def scores(
+        self,
+        y:Float[Tensor, "N 10"],   # Scores of the ten digits
+        labels:Int64[Tensor, "N"], # The right digits
+    ) -> dict:                     # The entry `exact_match`: is the digit read right?
+        "What is reported of outputs, one value per sample each"
+        return {"exact_match": y.argmax(-1) == labels}
 
-    def negative_eigenvalues(self, y, *targets): return None
+    def negative_eigenvalues(
+        self,
+        y:Float[Tensor, "N 10"], # Scores of the ten digits
+        *targets,                # Arguments of the loss
+    ) -> None:
+        "None: the Hessian of the cross-entropy has no negative eigenvalue"
+        return None
 
 # %% ../nbs/31_classification.ipynb #4c19c63d
 class ClassificationFeed:
@@ -225,11 +256,17 @@ class ClassificationFeed:
         self.x, self.t = first.data("train")
         self.streams = [_epochs(len(self.t), t.config["batch"], t.config["seed"]) for t in tasks]
 
-    def draw(self, steps:int) -> Int64[Tensor, "steps K N"]:
+    def draw(
+        self,
+        steps:int,                   # How many steps
+    ) -> Int64[Tensor, "steps K N"]: # Numbers of the digits, for each seed
         "Which digits the next steps take"
         return torch.stack([torch.stack([next(s) for s in self.streams]) for _ in range(steps)])
 
-    def batch(self, index:Int64[Tensor, "K N"]) -> tuple:
+    def batch(
+        self,
+        index:Int64[Tensor, "K N"], # One step of `draw`
+    ) -> tuple:                     # Images, and a tuple of their digits
         "Images `(K, N, 1, side, side)`, and the argument of the loss"
         return self.x[index], (self.t[index],)
 

@@ -99,6 +99,7 @@ class Task:
     "What a training run needs; a subclass adds `make_network`, `batches`, `evaluation` and `scores`"
     milestones = ()               # Steps after which the learning rate falls tenfold
     optimizer = torch.optim.Adam  # Called with the weights and `lr`
+    methods = METHODS             # What may be sent back to the outputs
 
     def __init__(
         self,
@@ -278,7 +279,7 @@ def fit(
 ) -> dict:                        # Test scores at the best validation step
     "Train by one method and score the result"
     c, net = task.config, team.network(task.make_network())
-    loss = METHODS[c["method"]](task.loss_fn, c["lam"], c["max_norm"])
+    loss = task.methods[c["method"]](task.loss_fn, c["lam"], c["max_norm"])
     max_norm = c["max_norm"] if c["method"] == "clip_grad" else math.inf
     opt, valid, best = task.optimizer(net.parameters(), lr=task.lr), task.evaluation("valid"), (-1., 0, None)
     seconds, seen, batches = 0., [], task.batches()

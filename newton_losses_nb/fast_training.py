@@ -154,7 +154,7 @@ class SideBySide:
         if channels_last is None: channels_last = device.type == "cuda"
         self.nets = [_channels_last(t.make_network(), channels_last) for t in tasks]
         self.feed, self.forward = FEEDS[type(self.task)](tasks, sweeps), _forward(c["precision"], device)
-        self.loss = joint_loss(self.feed.loss_fn, c)
+        self.loss = joint_loss(self.feed.loss_fn, c, self.task.methods)
         self.max_norm = c["max_norm"] if c["method"] == "clip_grad" else torch.inf
         self.lr, self.opt = one_optimizer(self.nets, self.task.lr, device, self.task.optimizer)
         self.call, self.ahead, self.done = None, None, 0
@@ -177,10 +177,11 @@ def step(self:SideBySide, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "2 
 def joint_loss(
     loss_fn:Callable,  # Per-sample loss
     config:dict,       # Configuration of the runs: method, λ, largest norm
+    methods:dict=METHODS, # The methods by name
 ) -> Callable:         # Outputs `(K, N, m)` and arguments to the mean losses `(K,)`
     "The loss of a method for several batches at once, which never looks at numbers"
     unseen = dict(on_nonfinite="ignore", check=False, group=None)
-    return METHODS[config["method"]](loss_fn, config["lam"], config["max_norm"], **unseen)
+    return methods[config["method"]](loss_fn, config["lam"], config["max_norm"], **unseen)
 
 # %% ../nbs/18_fast_training.ipynb #c9362fda
 def one_optimizer(
