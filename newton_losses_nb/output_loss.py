@@ -364,13 +364,21 @@ class ClippedLoss(OutputLoss):
         self.max_norm = max_norm
         clip_per_sample(torch.zeros(1, 1), max_norm)
 
-    def transform(self, G, real):
+    def transform(
+        self,
+        G:Float[Tensor, "*batch N m"],  # Gradients of the samples of all processes, zero at padding
+        real:float,                     # Mean number of outputs of a sample that are not padding
+    ) -> Float[Tensor, "*batch N m"]:   # Directions
         "Clipped gradients"
         return clip_per_sample(G, self.max_norm)
 
 class NormalizedLoss(OutputLoss):
     "The mean of a per-sample loss, with the batch of gradients normalised to root mean square one at the outputs"
-    def transform(self, G, real):
+    def transform(
+        self,
+        G:Float[Tensor, "*batch N m"],  # Gradients of the samples of all processes, zero at padding
+        real:float,                     # Mean number of outputs of a sample that are not padding
+    ) -> Float[Tensor, "*batch N m"]:   # Directions
         "Normalised gradients"
         return normalize_rms(G)*(real/G.shape[-1])**0.5
 
@@ -386,7 +394,11 @@ class ScalarStepLoss(OutputLoss):
         _damping(lam if not callable(lam) else 0., torch.zeros(1, 1))
         self.lam = lam
 
-    def transform(self, G, real):
+    def transform(
+        self,
+        G:Float[Tensor, "*batch N m"],  # Gradients of the samples of all processes, zero at padding
+        real:float,                     # Mean number of outputs of a sample that are not padding
+    ) -> Float[Tensor, "*batch N m"]:   # Directions
         "Scalar Newton steps"
         lam = self.lam if real == G.shape[-1] or not (callable(self.lam) or self.lam == "auto") else _damping(self.lam, G.double()*(G.shape[-1]/real)**0.5)
         return scalar_step(G, lam, real)

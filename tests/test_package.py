@@ -32,7 +32,7 @@ def test_console_scripts():
         assert out.returncode == 0 and "usage:" in out.stdout, out.stderr
 
 def test_sidebar_lists_all_notebooks():
-    listed = re.findall(r"^ +- (?:href: )?(\w+\.ipynb)$", (ROOT/"_quarto.yml").read_text(), re.M)
+    listed = re.findall(r"^ +- (?:href: )?(\w+\.ipynb)$", (ROOT/"_quarto.yml").read_text(encoding="utf-8").split("\n  sidebar:")[1], re.M)
     assert sorted(listed) == sorted(p.name for p in (ROOT/"nbs").glob("*.ipynb"))
 
 def test_links_between_notebooks():

@@ -1,6 +1,78 @@
 "Examples for the API reference, of names that no cell of a notebook shows by itself; tests/test_api.py runs them."
 
 EXTRA = dict(
+reorder='''
+import torch
+from newton_losses_nb.ablations import reorder
+from newton_losses_nb.sorting import true_permutation
+
+T = true_permutation(torch.tensor([[3, 1, 2]]))
+told = reorder(T, torch.tensor([[1, 0, 2]]))                   # the two smallest are told the wrong way round
+assert told[0, 0].equal(T[0, 1]) and told[0, 2].equal(T[0, 2])
+''',
+damping_arms='''
+from newton_losses_nb.ablations import damping_arms
+
+arm = damping_arms(5, 200, 50, 0.01)[0]
+print(arm.config, arm.candidates)
+''',
+curvature_arms='''
+from newton_losses_nb.ablations import curvature_arms
+
+print(len(curvature_arms(5, 200, 50, 0.01)), "arms")
+''',
+targets_arms='''
+from newton_losses_nb.ablations import targets_arms
+
+print({arm.config["method"] for arm in targets_arms(5, 200, 50, 0.01)})
+''',
+transfer_arms='''
+from newton_losses_nb.ablations import transfer_arms
+
+print({arm.config.get("n") for arm in transfer_arms(5, 200, 50, 0.01)})
+''',
+noise_arms='''
+from newton_losses_nb.ablations import noise_arms
+
+print({arm.config["noise"] for arm in noise_arms(5, 200, 50, 0.01)})
+''',
+run_ablation='''
+from newton_losses_nb.ablations import forget, run_ablation
+from newton_losses_nb.report import summary
+
+runs = run_ablation("transfer", "runs/transfer", seeds=(0,), steps=2, batch=4, eval_sets=10, tuning_seeds=(1000,), show=False)
+print(summary(forget(runs))[["setting", "method", "runs"]])
+''',
+forget='''
+from newton_losses_nb.ablations import forget
+
+runs = [dict(config=dict(method="none", lr=0.01)), dict(config=dict(method="rms", lr=0.03))]
+assert [r["config"]["lr"] for r in forget(runs)] == [None, None]
+''',
+one_by_one='''
+from newton_losses_nb.data import load_digits
+from newton_losses_nb.experiment import SortingTask, one_by_one, run_all, sorting_config
+
+task = SortingTask(sorting_config(steps=2, batch=4, eval_sets=10, eval_every=1), load_digits())
+record, = run_all([task], "runs/one", "sorting", engine=one_by_one, show=False)
+assert record["status"] == "ok"
+''',
+weight_layers='''
+from newton_losses_nb.classification import lenet5, weight_layers
+
+print(weight_layers(lenet5()))
+''',
+like_tanh='''
+import torch
+from torch import nn
+from newton_losses_nb.classification import like_tanh
+
+torch.manual_seed(0)
+x, layers = torch.randn(5, 3), (nn.Linear(3, 4), nn.Linear(4, 2))
+tanh = nn.Sequential(layers[0], nn.Tanh(), layers[1])(x).detach()
+sigmoid = like_tanh(nn.Sequential(layers[0], nn.Sigmoid(), layers[1]))(x)
+torch.testing.assert_close(sigmoid, tanh)
+''',
 NewtonLoss='''
 import torch
 from torch import nn
@@ -422,6 +494,10 @@ assert len(table) == 2
 
 # What has no example of its own, and why
 WITHOUT = dict(
+    bench_classification="The command `nl_bench classification`.",
+    bench_ablation="The command `nl_bench ablation`.",
+    choose="Called by `run_ablation`.",
+    ClassificationFeed="Used by `SideBySide`.",
     InjectFisher="Used through `inject_fisher`.",
     Finding="The entries of a `LossReport`: `report[\"repeatable\"].verdict`.",
     Noise="The kind of the entries of `NOISE`; a distribution of one's own is a further entry.",
@@ -435,7 +511,7 @@ WITHOUT = dict(
     download_warcraft="Downloads 1 GB; `load_maps` reads what is there.",
     download_mnist="Downloads 11 MB; `load_digits` calls it where the files are wanted.",
     SideBySide="Used by `fit_together`.",
-    one_adam="Used by `SideBySide`.",
+    one_optimizer="Used by `SideBySide`.",
     seeds_together="An engine for `run_all`, on a GPU.",
     Job="Made by `run_all` for the engines in other processes.",
 )
