@@ -43,6 +43,15 @@ from newton_losses_nb.report import summary
 runs = run_ablation("transfer", "runs/transfer", seeds=(0,), steps=2, batch=4, eval_sets=10, tuning_seeds=(1000,), show=False)
 print(summary(forget(runs))[["setting", "method", "runs"]])
 ''',
+compare_arms='''
+from newton_losses_nb.ablations import compare_arms
+
+def run(method, seed, match): return dict(status="ok", config=dict(method=method, seed=seed), result=dict(exact_match=match))
+runs = [run("none", 0, .40), run("none", 1, .44), run("rms", 0, .43), run("rms", 1, .45)]
+def of(method): return lambda config: config["method"] == method
+table = compare_arms(runs, {"rms - none": (of("rms"), of("none"))}, lambda r: 100*r["result"]["exact_match"])
+assert abs(table["diff"].iloc[0] - 2) < 1e-9
+''',
 forget='''
 from newton_losses_nb.ablations import forget
 
