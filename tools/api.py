@@ -20,7 +20,7 @@ package = "newton_losses_nb"
 
 SECTIONS = {
     "api_method": ("Reference: the method", "Every public name of the method itself: derivatives, damped solves, Newton losses, the controls, and the check of a loss before training.",
-        ("splitting", "curvature", "solve", "large", "pooling", "ragged", "output_loss", "newton", "probe")),
+        ("newton", "probe", "output_loss", "curvature", "solve", "splitting", "large", "pooling", "ragged")),
     "api_sorting": ("Reference: sorting", "Every public name for differentiable sorting and ranking: relaxations, sorting networks and the losses made of them.",
         ("relaxations", "sorting_networks", "sorting", "more_sorting")),
     "api_paths": ("Reference: shortest paths", "Every public name for learning through a shortest-path solver: the solver, its relaxations, smoothed algorithms and maps.",
