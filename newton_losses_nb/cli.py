@@ -8,7 +8,7 @@ __all__ = ['BENCHES', 'bench_sorting', 'bench_paths', 'bench_classification', 'b
 
 # %% ../nbs/19_cli.ipynb #be6f12e7
 import contextlib
-import importlib
+import importlib.util
 import os
 import re
 import sys

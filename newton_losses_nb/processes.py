@@ -9,6 +9,7 @@ __all__ = ['my_part', 'Team', 'join_processes', 'leave_processes', 'JoinedBatchN
 # %% ../nbs/17_processes.ipynb #e695ac17
 import contextlib
 import importlib
+import importlib.util
 import math
 import os
 import subprocess
