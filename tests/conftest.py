@@ -5,7 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-TOGETHER = ("processes", "01d_pooling", "15_real_training", "17_processes")
+TOGETHER = ("core/93_pooling", "tutorials/09_real_training", "lab/07_processes")
 
 
 def pytest_collection_modifyitems(items):

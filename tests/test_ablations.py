@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from newton_losses_nb import ablations
-from newton_losses_nb.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare_arms,
+from newton_losses_nb.lab import ablations
+from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare_arms,
                                         forget, reorder, run_ablation, wrong_orders)
-from newton_losses_nb.data import load_digits
-from newton_losses_nb.experiment import sorting_config
-from newton_losses_nb.newton import NewtonLoss
-from newton_losses_nb.report import paired_test
-from newton_losses_nb.sorting import SortingLoss, true_permutation
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import sorting_config
+from newton_losses_nb.core.newton import NewtonLoss
+from newton_losses_nb.lab.report import paired_test
+from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
 SIZE = dict(n=5, steps=200, batch=50, lr=1e-2)
 
@@ -87,7 +87,7 @@ def test_targets_stay(lead, steps):
 
 def test_held_once_is_the_method_itself(digits):
     "One step for each target is the Newton loss; and the plain gradient over λ, to which Adam is blind"
-    from newton_losses_nb.experiment import fit
+    from newton_losses_nb.lab.experiment import fit
     small = dict(steps=6, batch=10, eval_every=3, eval_sets=30, precision="float64", lr=1e-3, tau=1.)
     def curve(**c):
         curves = {}

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from newton_losses_nb.adapters import check_loss, per_sample, permutation_loss
-from newton_losses_nb.curvature import per_sample_grad, per_sample_hessian
-from newton_losses_nb.newton import NewtonLoss
-from newton_losses_nb.probe import QUESTIONS
-from newton_losses_nb.smoothing import FenchelYoungLoss, SmoothedLoss
-from newton_losses_nb.sorting import SortingLoss, neural_sort, ranking_loss, soft_sort, sorting_network, true_permutation
+from newton_losses_nb.core.adapters import check_loss, per_sample, permutation_loss
+from newton_losses_nb.core.curvature import per_sample_grad, per_sample_hessian
+from newton_losses_nb.core.newton import NewtonLoss
+from newton_losses_nb.core.check import QUESTIONS
+from newton_losses_nb.paths.smoothing import FenchelYoungLoss, SmoothedLoss
+from newton_losses_nb.sorting.losses import SortingLoss, neural_sort, ranking_loss, soft_sort, sorting_network, true_permutation
 
 fast = settings(deadline=None, max_examples=25)
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from newton_losses_nb.more_sorting import bubble_sort, swap_loss
-from newton_losses_nb.sorting import true_permutation
+from newton_losses_nb.sorting.more import bubble_sort, swap_loss
+from newton_losses_nb.sorting.losses import true_permutation
 
 algovision = pytest.importorskip("algovision")
 

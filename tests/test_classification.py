@@ -4,15 +4,15 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 
-from newton_losses_nb.classification import (CLASSIFIERS, ClassificationFeed, ClassificationTask, classification_config, classification_grid, digit_loss,
+from newton_losses_nb.lab.classification import (CLASSIFIERS, ClassificationFeed, ClassificationTask, classification_config, classification_grid, digit_loss,
                                              first_step, glorot, lenet5, like_tanh, make_classifier, mlp)
-from newton_losses_nb.curvature import NeverLooks, mean_hessian
-from newton_losses_nb.data import load_digits
-from newton_losses_nb.experiment import METHODS, SortingTask, fit, run_all, sorting_config
-from newton_losses_nb.fast_training import SideBySide, seeds_together
-from newton_losses_nb.plots import plot_curves
-from newton_losses_nb.records import read_runs, stored_results
-from newton_losses_nb.report import caption, group_runs, summary
+from newton_losses_nb.core.curvature import NeverLooks, mean_hessian
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import METHODS, SortingTask, fit, run_all, sorting_config
+from newton_losses_nb.lab.fast_training import SideBySide, seeds_together
+from newton_losses_nb.lab.plots import plot_curves
+from newton_losses_nb.lab.records import read_runs, stored_results
+from newton_losses_nb.lab.report import caption, group_runs, summary
 
 DIGITS = load_digits()
 FEW = {k: type(d)(d.images[:n], d.labels[:n], d.source) for (k, d), n in zip(DIGITS.items(), (60, 30, 30))}

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from newton_losses_nb.curvature import empirical_fisher, mean_hessian, per_sample_grad
+from newton_losses_nb.core.curvature import empirical_fisher, mean_hessian, per_sample_grad
 
 curvlinops = pytest.importorskip("curvlinops")
 

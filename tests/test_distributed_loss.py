@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from newton_losses_nb.newton import ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, inject_fisher
+from newton_losses_nb.core.newton import ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, inject_fisher
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, and kills by signals, which Windows has not")
 

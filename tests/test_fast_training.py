@@ -5,14 +5,15 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from newton_losses_nb import fast_training, solve
-from newton_losses_nb.data import load_digits
-from newton_losses_nb.experiment import METHODS, SortingTask, fit, one_by_one, run_all, sorting_config
-from newton_losses_nb.curvature import NeverLooks
-from newton_losses_nb.fast_training import CapturedStep, Cost, PathFeed, SideBySide, SortingFeed, fit_together, floor_seconds, seed_groups, seeds_together, step_cost
-from newton_losses_nb.path_experiment import PATH_LOSSES, PathTask, path_config
-from newton_losses_nb.records import read_runs
-from newton_losses_nb.terrain import load_maps
+from newton_losses_nb.lab import fast_training
+from newton_losses_nb.core import solve
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import METHODS, SortingTask, fit, one_by_one, run_all, sorting_config
+from newton_losses_nb.core.curvature import NeverLooks
+from newton_losses_nb.lab.fast_training import CapturedStep, Cost, PathFeed, SideBySide, SortingFeed, fit_together, floor_seconds, seed_groups, seeds_together, step_cost
+from newton_losses_nb.lab.paths import PATH_LOSSES, PathTask, path_config
+from newton_losses_nb.lab.records import read_runs
+from newton_losses_nb.paths.terrain import load_maps
 
 SIZES = dict(train=60, valid=15, test=15)
 

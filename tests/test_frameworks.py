@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.testing import assert_close
 
-from newton_losses_nb.newton import ClippedLoss, NewtonLoss, NormalizedLoss, ScalarStepLoss, inject_fisher
-from newton_losses_nb.sorting import SortingLoss, true_permutation
+from newton_losses_nb.core.newton import ClippedLoss, NewtonLoss, NormalizedLoss, ScalarStepLoss, inject_fisher
+from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch.distributed with gloo is not there")
 sort_loss = SortingLoss("neural_sort", "bce", tau=0.3)

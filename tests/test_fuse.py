@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from newton_losses_nb.curvature import derivatives
-from newton_losses_nb.sorting import SortingLoss, true_permutation
+from newton_losses_nb.core.curvature import derivatives
+from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
 compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
 

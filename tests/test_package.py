@@ -8,12 +8,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(o.startswith(".") for o in p.relative_to(ROOT/"nbs").parts))
+
 HEAVY = ("pandas", "matplotlib", "scipy", "pooch", "mlxtend", "nbdev", "IPython", "diffsort", "difftopk", "algovision", "pyepo", "numba", "rustworkx")
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
-@pytest.mark.parametrize("module", ["splitting", "curvature", "newton", "relaxations", "sorting_networks", "sorting", "shortest_path", "relaxed_paths",
-                                    "smoothing", "more_sorting", "cli"])
+@pytest.mark.parametrize("module", ["core.splitting", "core.curvature", "core.newton", "core.check", "core.adapters", "sorting.relaxations", "sorting.networks",
+                                    "sorting.losses", "sorting.more", "paths.exact", "paths.relaxed", "paths.smoothing", "lab.cli"])
 def test_light_import(module):
     out = python(f"import newton_losses_nb.{module}, sys; print([m for m in {HEAVY} if m in sys.modules])")
     assert out.returncode == 0, out.stderr
@@ -22,7 +24,7 @@ def test_light_import(module):
 def test_command_without_extra():
     block = f"import sys; [sys.modules.__setitem__(m, None) for m in ('pandas', 'matplotlib', 'mlxtend')]\n"
     find = "import importlib.util as u; old = u.find_spec; u.find_spec = lambda m, *a: None if sys.modules.get(m, 1) is None else old(m, *a)\n"
-    out = python(block + find + "from newton_losses_nb.cli import nl_bench; sys.exit(nl_bench(['sorting']))")
+    out = python(block + find + "from newton_losses_nb.lab.cli import nl_bench; sys.exit(nl_bench(['sorting']))")
     assert out.returncode == 2
     assert "needs the extra 'bench' (pandas, matplotlib, mlxtend not found)" in out.stderr and "Traceback" not in out.stderr
 
@@ -32,10 +34,11 @@ def test_console_scripts():
         assert out.returncode == 0 and "usage:" in out.stdout, out.stderr
 
 def test_sidebar_lists_all_notebooks():
-    listed = re.findall(r"^ +- (?:href: )?(\w+\.ipynb)$", (ROOT/"_quarto.yml").read_text(encoding="utf-8").split("\n  sidebar:")[1], re.M)
-    assert sorted(listed) == sorted(p.name for p in (ROOT/"nbs").glob("*.ipynb"))
+    listed = re.findall(r"^ +- (?:href: )?([\w/]+\.ipynb)$", (ROOT/"_quarto.yml").read_text(encoding="utf-8").split("\n  sidebar:")[1], re.M)
+    assert sorted(listed) == sorted(p.relative_to(ROOT/"nbs").as_posix() for p in NOTEBOOKS)
 
 def test_links_between_notebooks():
-    for p in [ROOT/"README.md", *(ROOT/"nbs").glob("*.ipynb")]:
-        for link in re.findall(r"\]\(((?:nbs/)?\w+\.ipynb|(?:nbs/)?images/[\w.]+)\)", p.read_text()):
-            assert (p.parent/link).exists(), f"{p.name}: {link}"
+    for p in [ROOT/"README.md", *NOTEBOOKS]:
+        text = p.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:)([\w./]+\.ipynb|[\w./]*images/[\w.]+)(?:#[^)]*)?\)", text): assert (p.parent/link).exists(), f"{p.name}: {link}"
+        for link in re.findall(r"newton-losses/newton_losses_nb/blob/main/([\w./]+)", text): assert (ROOT/link).exists(), f"{p.name}: {link}"

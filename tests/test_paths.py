@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from newton_losses_nb.newton import NewtonLoss
-from newton_losses_nb.relaxed_paths import path_loss, relaxed_bellman_ford
-from newton_losses_nb.shortest_path import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
-from newton_losses_nb.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
+from newton_losses_nb.core.newton import NewtonLoss
+from newton_losses_nb.paths.relaxed import path_loss, relaxed_bellman_ford
+from newton_losses_nb.paths.exact import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
+from newton_losses_nb.paths.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
 
 fast = settings(deadline=None, max_examples=30)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from newton_losses_nb.data import load_digits
-from newton_losses_nb.experiment import SortingTask, run_record
-from newton_losses_nb.processes import Team, _start, join_processes, my_part, ray_cluster
-from newton_losses_nb.records import read_runs
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import SortingTask, run_record
+from newton_losses_nb.lab.processes import Team, _start, join_processes, my_part, ray_cluster
+from newton_losses_nb.lab.records import read_runs
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, and kills by signals, which Windows has not")
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-CLI = ["-m", "newton_losses_nb.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
+CLI = ["-m", "newton_losses_nb.lab.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
 
 METHODS = ["none", "clip_grad", "fisher", "hessian", "hessian_abs", "rms", "scalar", "clip"]
 BATCH = 58   # four processes cannot share it evenly
@@ -64,12 +64,12 @@ def test_parts():
 
 SCRIPT = '''
 import json, math, sys, torch
-from newton_losses_nb.data import load_digits
-from newton_losses_nb.experiment import DAMPED, SortingTask, fit, one_by_one, run_all, sorting_config
-from newton_losses_nb.path_experiment import PathTask, path_config
-from newton_losses_nb.processes import join_processes, leave_processes
-from newton_losses_nb.terrain import load_maps
-from newton_losses_nb.curvature import NonFiniteError
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import DAMPED, SortingTask, fit, one_by_one, run_all, sorting_config
+from newton_losses_nb.lab.paths import PathTask, path_config
+from newton_losses_nb.lab.processes import join_processes, leave_processes
+from newton_losses_nb.paths.terrain import load_maps
+from newton_losses_nb.core.curvature import NonFiniteError
 
 folder, batch, methods = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 torch.set_num_threads(1)
@@ -221,7 +221,7 @@ def test_alone(monkeypatch):
 
 def test_module_as_command():
     for argv in (["sorting", "--help"], []):
-        done = subprocess.run([sys.executable, "-m", "newton_losses_nb.cli", *argv], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "newton_losses_nb.lab.cli", *argv], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
@@ -263,9 +263,9 @@ def test_ray_starts_again():
 
 RAY = '''
 import functools, os, sys, time
-from newton_losses_nb.data import load_digits
-from newton_losses_nb.experiment import SortingTask, run_all, sorting_config
-from newton_losses_nb.processes import Job, ray_cluster, ray_engine
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import SortingTask, run_all, sorting_config
+from newton_losses_nb.lab.processes import Job, ray_cluster, ray_engine
 
 folder = sys.argv[1]
 class Slow(SortingTask):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from newton_losses_nb.curvature import mean_hessian, per_sample_grad, per_sample_hessian
-from newton_losses_nb.newton import NewtonLoss, damped_solve, fisher_solve, inject_fisher, newton_target
-from newton_losses_nb.sorting import (
+from newton_losses_nb.core.curvature import mean_hessian, per_sample_grad, per_sample_hessian
+from newton_losses_nb.core.newton import NewtonLoss, damped_solve, fisher_solve, inject_fisher, newton_target
+from newton_losses_nb.sorting.losses import (
     SortingLoss, element_match, exact_match, neural_sort, ranking_loss, soft_sort, sorting_network, true_permutation)
 
 D, NETWORKS = torch.double, ("logistic", "logistic_art", "gaussian", "cauchy", "reciprocal", "optimal")

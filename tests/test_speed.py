@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("pandas")
 
-from newton_losses_nb import scaling, speed
-from newton_losses_nb.scaling import Curve, curve_table, growth, peak_memory, run_curves, run_scaling, speed_curves
-from newton_losses_nb.speed import (GROUPS, Case, Setup, difference, import_seconds, interleave, measure_case, run_cases, run_speed,
+from newton_losses_nb.lab import scaling, speed
+from newton_losses_nb.lab.scaling import Curve, curve_table, growth, peak_memory, run_curves, run_scaling, speed_curves
+from newton_losses_nb.lab.speed import (GROUPS, Case, Setup, difference, import_seconds, interleave, measure_case, run_cases, run_speed,
                                     show_table)
 
 
@@ -174,7 +174,7 @@ def test_a_step_changes_nothing():
 
 def test_sweeps_are_shortest_paths():
     import numpy as np
-    from newton_losses_nb.shortest_path import shortest_path
+    from newton_losses_nb.paths.exact import shortest_path
     rng = np.random.default_rng(0)
     for size in ((1, 1), (1, 6), (6, 1), (2, 2), (12, 9)):
         cost, path = rng.random(size) + 0.01, np.zeros(size)
@@ -185,7 +185,7 @@ def test_sweeps_are_shortest_paths():
 @pytest.mark.parametrize("size", [(3, 3), (7, 4), (2, 9)])
 def test_single_map_solvers(solver, size):
     pytest.importorskip({"_heap_paths": "heapq", "_scipy_paths": "scipy", "_rustworkx_paths": "rustworkx"}[solver])
-    from newton_losses_nb.shortest_path import shortest_path
+    from newton_losses_nb.paths.exact import shortest_path
     cost = torch.rand(20, *size, generator=torch.Generator().manual_seed(0)) + 0.01
     assert torch.equal(getattr(speed, solver)(*size)(cost), shortest_path(cost))
 
@@ -249,5 +249,5 @@ def test_run_scaling(tmp_path, monkeypatch):
 def test_first_import_is_light():
     "The library part brings in nothing of the extra `bench`"
     t = import_seconds()
-    assert "torch" in t and "newton_losses_nb.newton" in t
+    assert "torch" in t and "newton_losses_nb.core.newton" in t
     assert not {"pandas", "scipy", "matplotlib", "pooch", "mlxtend"} & t.keys()

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from newton_losses_nb.curvature import NonFiniteError
-from newton_losses_nb.large import conjugate_gradient
-from newton_losses_nb.newton import (
+from newton_losses_nb.core.curvature import NonFiniteError
+from newton_losses_nb.core.large import conjugate_gradient
+from newton_losses_nb.core.newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, SingularError, damped_solve, fisher_solve, inject_fisher, newton_direction)
 
 D, F32 = torch.double, torch.float
@@ -411,7 +411,7 @@ def test_a_kink_hides_no_second_derivative():
     assert close(newton_direction(lambda y: y.clamp_min(0).sum(1), y, curvature="hessian", lam=1.)[1], (y > 0).to(D))
 
 def test_importing_warns_of_nothing():
-    code = "import pathlib, newton_losses_nb as p; [compile(f.read_text(), str(f), 'exec') for f in pathlib.Path(p.__file__).parent.glob('*.py')]"
+    code = "import pathlib, newton_losses_nb as p; [compile(f.read_text(), str(f), 'exec') for f in pathlib.Path(p.__file__).parent.rglob('*.py')]"
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert not found.returncode, found.stderr[-300:]
 

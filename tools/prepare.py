@@ -24,7 +24,7 @@ def readme():
     front, body = yaml.safe_load(front), re.sub(r'<!-- WARNING.*?-->', '', body)
     body = re.sub(r'^```(\w*)\n(.*?)^```$', lambda m: f'```{m[1] or "python"}\n{m[2]}```', body, flags=re.M | re.S)
     body = re.sub(r'\]\((?!https?:|#)(?=images/)', '](nbs/', body)            # pictures
-    body = re.sub(r'\]\((\d\d\w*)\.ipynb\)', r'](nbs/\1.ipynb)', body)         # notebooks
+    body = re.sub(r'\]\((?!https?:|nbs/)([\w/]+\.ipynb)\)', r'](nbs/\1)', body)       # notebooks
     body = re.sub(r'\n{3,}', '\n\n', body).strip()
     note = '<!-- Made from nbs/index.ipynb by tools/prepare.py: edit there -->'
     (root/'README.md').write_text(f'# {front["title"]}\n\n> {front["description"].strip()}\n\n{note}\n\n{body}\n', encoding='utf-8')
