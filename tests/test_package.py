@@ -1,7 +1,9 @@
 """The package as it is installed: light to import, clear without its extra, in step with its commands."""
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,44 @@ def test_console_scripts():
     for argv in (["nl_bench", "--help"], ["nl_bench", "sorting", "--help"], ["nl_report", "--help"]):
         out = subprocess.run(argv, capture_output=True, text=True, timeout=120)
         assert out.returncode == 0 and "usage:" in out.stdout, out.stderr
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The built wheel, unpacked"
+    pytest.importorskip("setuptools", reason="builds the wheel")
+    source, out = tmp_path_factory.mktemp("source")/"project", tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "_docs", "_proc", "_offline", "build", "dist", "runs", "__pycache__", "*.egg-info"))
+    done = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    file, = out.glob("*.whl")
+    zipfile.ZipFile(file).extractall(out/"unpacked")
+    return out/"unpacked"
+
+def test_wheel_holds_everything(wheel):
+    package = wheel/"newton_losses_nb"
+    modules = lambda p: {f.relative_to(p).as_posix() for f in p.rglob("*.py")}
+    assert modules(package) == modules(ROOT/"newton_losses_nb")
+    assert {p.name for p in (package/"results").iterdir()} == {p.name for p in (ROOT/"nbs"/"results").iterdir()}
+
+@pytest.mark.parametrize("entry, argv, says", [("lab.cli:nl_bench", ["sorting", "--lam", "odd"], "lam: expected a number or auto"), ("lab.cli:nl_report", ["nowhere"], "there is no folder or file")])
+def test_command_of_the_wheel(wheel, tmp_path, entry, argv, says):
+    "By itself (-I), and without what another package may have imported of importlib: a command gets as far as a user's mistake"
+    pytest.importorskip("mlxtend", reason="of the extra bench")
+    module, name = entry.split(":")
+    assert f"{name} = newton_losses_nb.{entry}".replace(" ", "") in next(wheel.glob("*.dist-info")).joinpath("entry_points.txt").read_text().replace(" ", "")
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(wheel)!r})
+import fastcore.script, newton_losses_nb
+assert newton_losses_nb.__file__.startswith({str(wheel)!r})
+sys.modules.pop("importlib.util", None)
+vars(importlib).pop("util", None)
+from newton_losses_nb.{module} import {name}
+sys.exit({name}({argv!r}))
+"""
+    out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert out.returncode == 2 and says in out.stderr and "Traceback" not in out.stderr, out.stderr
 
 def test_sidebar_lists_all_notebooks():
     listed = re.findall(r"^ +- (?:href: )?([\w/]+\.ipynb)$", (ROOT/"_quarto.yml").read_text(encoding="utf-8").split("\n  sidebar:")[1], re.M)

@@ -28,12 +28,12 @@ def notebook(*cells): return dict(cells=[dict(cell_type='markdown' if isinstance
 def test_labels_become_numbers_and_links(tool):
     site = tool('site')
     nb = notebook('$$a=b$$ {#eq-one}\n\nand\n\n$$c=d$$ {#eq-two}', dict(source='#| label: fig-x\n#| fig-cap: "What it shows"\n#| fig-alt: "A line"\nplot()', outputs=[picture]),
-                  'By @eq-two and @fig-x, as in [another](02_other.ipynb#there). Code: `@eq-one`.')
-    site.adapt(nb, 'page', {'02_other': 'other'})
+                  'By @eq-two and @fig-x, as in [another](../studies/02_other.ipynb#there) and [its neighbour](03_near.ipynb). Code: `@eq-one`.')
+    site.adapt(nb, 'core/01_page.ipynb', {'studies/02_other': 'studies/other', 'core/03_near': 'core/near'})
     eq, fig, prose = (c['source'] for c in nb['cells'])
     assert r'a=b\qquad(1)' in eq and r'c=d\qquad(2)' in eq and '{#eq-two .equation}' in eq
     assert '#| fig-cap: "Figure 1: What it shows"' in fig
-    assert prose == 'By [Equation 2](#eq-two) and [Figure 1](#fig-x), as in [another](other.ipynb#there). Code: `@eq-one`.'
+    assert prose == 'By [Equation 2](#eq-two) and [Figure 1](#fig-x), as in [another](../studies/other.ipynb#there) and [its neighbour](near.ipynb). Code: `@eq-one`.'
     assert not site.problems
 
 

@@ -31,9 +31,9 @@ def report(page, message):
 def notebooks():
     "Title of each page, by page name, from the processed notebooks"
     pages = {}
-    for p in sorted((root/'_proc').glob('*.ipynb')):
+    for p in sorted((root/'_proc').rglob('*.ipynb')):
         front = yaml.safe_load(''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source']).strip('-\n'))
-        pages[front.get('output-file', f'{p.stem}.html')] = front['title']
+        pages[p.relative_to(root/'_proc').with_name(front.get('output-file', f'{p.stem}.html')).as_posix()] = front['title']
     for p in sorted((root/'_proc').glob('*.qmd')):
         pages[f'{p.stem}.html'] = yaml.safe_load(p.read_text(encoding='utf-8').split('---')[1])['title']
     return pages
@@ -51,8 +51,9 @@ def check_sidebar():
     side, top = entries(site['sidebar']['contents']), entries(site['navbar'])
     for f in dict.fromkeys(side + top):
         if not (root/'nbs'/f).exists(): report('_quarto.yml', f'{f} is missing')
-    for p in sorted([*(root/'nbs').glob('*.ipynb'), *(root/'nbs').glob('*.qmd')]):
-        if p.name not in side: report('_quarto.yml', f'{p.name} is not in the sidebar')
+    for p in sorted([*(root/'nbs').rglob('*.ipynb'), *(root/'nbs').glob('*.qmd')]):
+        name = p.relative_to(root/'nbs').as_posix()
+        if name not in side and '/.' not in f'/{name}': report('_quarto.yml', f'{name} is not in the sidebar')
     for f in {f for f in side if side.count(f) > 1}: report('_quarto.yml', f'{f} is in the sidebar twice')
     return site
 
@@ -101,25 +102,26 @@ def local(link, page, site, base):
 
 
 def check_files(site, web):
-    paths = sorted(site.glob('*.html'))
+    paths = sorted(site.rglob('*.html'))
     pages = {p: Page(p) for p in paths}
     base, repo = web['site-url'], f"{web['repo-url']}/blob/{web['repo-branch']}/"
     raw = re.compile(r'@(?:fig|eq|tbl)-\w+|\{#(?:fig|eq|tbl)-|\$\$|\\begin\b|\\\(|\?@\w+')
     for p, page in pages.items():
+        name = p.relative_to(site).as_posix()
         for link in dict.fromkeys(page.links + page.sources):
             if link.startswith(repo):
                 file = unquote(urlsplit(link).path.split(f"/blob/{web['repo-branch']}/")[1])
-                if not (root/file).exists(): report(p.name, f'link to {file}, which is not in the repository')
+                if not (root/file).exists(): report(name, f'link to {file}, which is not in the repository')
             place = local(link, p, site, base)
             if place is None: continue
             file, anchor = place
-            if not file.exists(): report(p.name, f'link {link} leads nowhere')
-            elif anchor and file in pages and anchor not in pages[file].ids: report(p.name, f'link {link}: no such place on that page')
+            if not file.exists(): report(name, f'link {link} leads nowhere')
+            elif anchor and file in pages and anchor not in pages[file].ids: report(name, f'link {link}: no such place on that page')
         for src, alt in page.pictures:
-            if not (alt or '').strip(): report(p.name, f'a picture without alt text ({src[:60]})')
-        for src in page.foreign: report(p.name, f'{src} comes from another server')
-        for m in raw.finditer(' '.join(page.text)): report(p.name, f'{m[0]} left in the text')
-        if 'Traceback (most recent call last)' in ''.join(page.outputs): report(p.name, 'a cell shows a traceback')
+            if not (alt or '').strip(): report(name, f'a picture without alt text ({src[:60]})')
+        for src in page.foreign: report(name, f'{src} comes from another server')
+        for m in raw.finditer(' '.join(page.text)): report(name, f'{m[0]} left in the text')
+        if 'Traceback (most recent call last)' in ''.join(page.outputs): report(name, 'a cell shows a traceback')
 
 
 def check_search(site, pages):

@@ -38,7 +38,7 @@ def needs(notebook):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('notebooks', nargs='*', help='names, such as 00_splitting; default: all')
+    p.add_argument('notebooks', nargs='*', help='names, such as core/00_splitting; default: all')
     p.add_argument('--env', type=Path, help='environment to use, made if it is not there; default: a temporary one')
     p.add_argument('--skip', nargs='*', default=[], help='names to leave out')
     args = p.parse_args()
@@ -53,14 +53,14 @@ def main():
         pip('install', '--force-reinstall', '--no-deps', wheel)
         pip('install', f'{wheel}[{",".join(PLAIN)}]', 'nbclient', 'ipykernel')
 
-        names = [n.removesuffix('.ipynb') for n in args.notebooks] or sorted(f.stem for f in (root/'nbs').glob('*.ipynb'))
+        names = [n.removesuffix('.ipynb') for n in args.notebooks] or sorted(f.relative_to(root/'nbs').with_suffix('').as_posix() for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
         todo = sorted(((needs(root/'nbs'/f'{n}.ipynb'), n) for n in names if n not in args.skip), key=lambda o: (o[0] != (PLAIN, ()), len(o[0][1]), o[1]))
         script, failed = tmp/'run.py', []
         script.write_text(RUN, encoding='utf-8')
         for (extras, packages), name in todo:
             if (extras, packages) != (PLAIN, ()): pip('install', f'{wheel}[{",".join(extras)}]', *packages)
             folder, start = tmp/name, time.time()
-            folder.mkdir()
+            folder.mkdir(parents=True)
             done = subprocess.run([python, script, root/'nbs'/f'{name}.ipynb', folder], cwd=folder, capture_output=True, text=True, encoding='utf-8', errors='replace',
                                   env=os.environ | {'MPLBACKEND': 'agg', 'PYTHONPATH': '', 'PYTHONUTF8': '1'})
             print(f"{'ok    ' if done.returncode == 0 else 'FAILED'} {time.time() - start:5.0f} s  {name}", flush=True)

@@ -8,6 +8,7 @@ numbered figures and equations with references to them, MathML and the bibliogra
 import html
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def process():
     from nbdev.serve import proc_nbs
     os.chdir(root)
     proc = proc_nbs(force=True)
-    for p in proc.glob('*.ipynb'):
+    for p in proc.rglob('*.ipynb'):
         nb = json.loads(p.read_text(encoding='utf-8'))
         for cell in nb['cells']:                      # nbdev links private names too, to places that no page has
             if cell['cell_type'] == 'markdown': cell['source'] = re.sub(r'\[(`_\w+(?:\.\w+)*(?:\(\))?`)\]\(https?://[^)]*#_[^)]*\)', r'\1', text(cell))
@@ -117,9 +118,12 @@ def references(md, refs, page):
     return re.sub(r'(?<![\w`/.])@((?:fig|eq|tbl)-[\w-]*\w)', one, md)
 
 
-def links(s, names):
-    "Links to notebooks follow their page names"
-    return re.sub(r'(?<![\w/])([\w-]+)\.ipynb(?=[)#"\'\s])', lambda m: f'{names.get(m[1], m[1])}.ipynb', s)
+def links(s, names, folder=''):
+    "Links to notebooks, seen from a folder, follow their page names"
+    def one(m):
+        name = posixpath.normpath(posixpath.join(folder, m[1]))
+        return f'{posixpath.relpath(names[name], folder or ".") if name in names else m[1]}.ipynb'
+    return re.sub(r'(?<![\w/.:-])([\w./-]+)\.ipynb(?=[)#"\'\s])', one, s)
 
 
 def signature(md, page):
@@ -135,7 +139,7 @@ def adapt(nb, page, names):
     captions(nb, page, refs)
     for cell in nb['cells']:
         if cell['cell_type'] == 'markdown':
-            cell['source'] = outside_code(lambda s: links(references(equations(s, refs), refs, page), names), text(cell))
+            cell['source'] = outside_code(lambda s: links(references(equations(s, refs), refs, page), names, posixpath.dirname(page)), text(cell))
         for o in cell.get('outputs', []):
             if o['output_type'] == 'error': report(page, f'a cell that ended in {o.get("ename")}')
             if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = signature(''.join(o['data']['text/markdown']), page)
@@ -188,7 +192,7 @@ def finish(site, names):
         if done[f] is None: report(p.name, f'pandoc cannot convert the formula {f[1]}')
     for p, s in pages.items():
         s = math_span.sub(lambda m: f'<span class="math {m[1]}">{done[m[1] == "display", html.unescape(m[2])] or m[2]}</span>', s)
-        s = re.sub(r'/nbs/[\w-]+\.ipynb"', lambda m: nbs.get(m[0], m[0]), s)
+        s = re.sub(r'/nbs/[\w/-]+\.ipynb"', lambda m: nbs.get(m[0], m[0]), s)
         p.write_text(katex.sub('', s), encoding='utf-8')
 
 
@@ -205,11 +209,11 @@ def offline(out='_docs'):
     out, proc, work = root/out, process(), root/'_offline'
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(proc, work)
-    nbs = {p: json.loads(p.read_text(encoding='utf-8')) for p in sorted(work.glob('*.ipynb'))}
-    names = {p.stem: page_name(nb, p) for p, nb in nbs.items()}
-    for p, nb in nbs.items():
-        p.unlink()
-        (work/f'{names[p.stem]}.ipynb').write_text(json.dumps(adapt(nb, p.name, names)), encoding='utf-8')
+    nbs = {p.relative_to(work).with_suffix('').as_posix(): json.loads(p.read_text(encoding='utf-8')) for p in sorted(work.rglob('*.ipynb'))}
+    names = {name: posixpath.join(posixpath.dirname(name), page_name(nb, Path(name))) for name, nb in nbs.items()}
+    for name, nb in nbs.items():
+        (work/f'{name}.ipynb').unlink()
+        (work/f'{names[name]}.ipynb').write_text(json.dumps(adapt(nb, f'{name}.ipynb', names)), encoding='utf-8')
     config = work/'_quarto.yml'
     config.write_text(yaml.safe_dump(present(yaml.safe_load(links(config.read_text(encoding='utf-8'), names)), work), sort_keys=False), encoding='utf-8')
     bibliography(work)
