@@ -1,1 +1,17 @@
+"Second-order gradients for losses that contain an algorithm: Newton losses in PyTorch"
 __version__ = "0.1.0"
+
+from .core.newton import (
+    ClippedLoss, Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, NewtonLoss,
+    Normalize, NormalizedLoss, OutputLoss, PerSample, Scalar, ScalarStepLoss, Whiten, inject_fisher,
+    newton_direction, newton_target)
+from .core.memory import MovingAverage, Remembering, Window
+from .core.large import Krylov
+from .core.check import check_loss
+from .sorting.losses import (
+    SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation)
+from .paths.exact import shortest_path
+from .paths.relaxed import relaxed_bellman_ford
+from .paths.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss
+
+__all__ = [name for name in dir() if name[0] != "_" and name not in ("core", "paths", "sorting")]
