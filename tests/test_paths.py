@@ -1,6 +1,8 @@
 """Shortest paths against networkx, and the promises that a user of the path losses relies on, on many random inputs."""
 import networkx
+import numpy
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,8 @@ def networkx_cost(cost):
             for a in range(max(i - 1, 0), min(i + 2, H)):
                 for b in range(max(j - 1, 0), min(j + 2, W)):
                     if (a, b) != (i, j): graph.add_edge((i, j), (a, b), weight=float(cost[a, b]))
-    return float(cost[0, 0]) + networkx.dijkstra_path_length(graph, (0, 0), (H - 1, W - 1))
+    reached = networkx.single_source_dijkstra_path_length(graph, (0, 0))
+    return float(cost[0, 0]) + reached[H - 1, W - 1]
 
 @pytest.mark.parametrize("kind", COSTS)
 @given(size=sizes, seed=st.integers(0, 2**20))
@@ -39,6 +42,54 @@ def test_cheapest(kind, size, seed):
     path = shortest_path(cost)
     assert is_valid_path(path).all() and cost_optimality(cost, path).all()
     assert_close(path_cost(cost, path), torch.tensor([networkx_cost(c) for c in cost], dtype=torch.float64), rtol=1e-12, atol=0)
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@given(size=sizes, seed=st.integers(0, 2**20), share=st.sampled_from([0.1, 0.3, 0.5]))
+@fast
+def test_walls(dtype, size, seed, share):
+    "Infinite cells are entered by no path; a map without a path is named"
+    g = torch.Generator().manual_seed(seed)
+    cost = COSTS["tied"]((6, *size), g).to(dtype)
+    cost = cost.masked_fill(torch.rand(cost.shape, generator=g) < share, torch.inf)
+    best = torch.tensor([networkx_cost(c) for c in cost], dtype=torch.float64)
+    good = best.isfinite()
+    path = shortest_path(cost[good])
+    assert path.dtype == dtype and is_valid_path(path).all() and not path[cost[good].isinf()].any()
+    rtol = max(1e-6, torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
+    assert_close(path_cost(cost[good], path).double(), best[good], rtol=rtol, atol=0)
+    assert cost_optimality(cost[good], path).all() and (regret(cost[good], path) == 0).all()
+    fixed = shortest_path(cost, 2*size[0]*size[1])
+    assert torch.equal(fixed[good], path) and fixed[~good].isnan().all()
+    if not good.all():
+        with pytest.raises(ValueError, match=rf"map {int((~good).nonzero()[0])}\b"): shortest_path(cost)
+
+@given(seed=st.integers(0, 2**20))
+@fast
+def test_walls_scipy(seed):
+    "The same with the graph of the free cells alone"
+    g = torch.Generator().manual_seed(seed)
+    cost = COSTS["continuous"]((7, 8), g).masked_fill(torch.rand(7, 8, generator=g) < 0.3, torch.inf)
+    cost[0, 0] = cost[-1, -1] = 1
+    cells, n = cost.numpy(), cost.numel()
+    edges = [(i*8 + j, a*8 + b) for i in range(7) for j in range(8) for a in range(max(i - 1, 0), min(i + 2, 7))
+             for b in range(max(j - 1, 0), min(j + 2, 8)) if (a, b) != (i, j) and numpy.isfinite(cells[i, j] + cells[a, b])]
+    u, v = numpy.array(edges, dtype=int).reshape(-1, 2).T
+    graph = scipy.sparse.csr_array((cells.ravel()[v], (u, v)), shape=(n, n))
+    best = cells[0, 0] + scipy.sparse.csgraph.dijkstra(graph, indices=0)[-1]
+    if numpy.isfinite(best): assert abs(float(path_cost(cost, shortest_path(cost))) - best) < 1e-9
+    else:
+        with pytest.raises(ValueError, match="around the walls"): shortest_path(cost)
+
+def test_no_path_is_named():
+    cost = torch.ones(2, 3, 4, 4)
+    cost[1, 0, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"around the walls \(infinite costs\), map \(1, 0\) has none"): shortest_path(cost)
+    cost[0, 2, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"top left corner of map \(0, 2\)"): shortest_path(cost)
+    with pytest.raises(ValueError, match="bottom right corner of the map"): shortest_path(torch.tensor([[1., torch.inf]]))
+    with pytest.raises(ValueError, match="can hold, got one beyond 3.4e.38 on map 1"):
+        shortest_path(torch.stack([torch.ones(3, 3), torch.full((3, 3), 3e38)]))
+    with pytest.raises(ValueError, match="floor=1e-3"): shortest_path(torch.tensor([[1., -1.]]))
 
 @given(seed=st.integers(0, 2**20))
 @fast
