@@ -152,10 +152,11 @@ def _walk_backward(g, at, shape, kept, beta):
 
 # %% ../nbs/10b_relaxed_paths.ipynb #b82c9d05
 def _needs_plain(x):
-    "Is a transform of `torch.func`, forward-mode differentiation, `torch.compile` or a tensor of another kind at work?"
-    functorch = torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._are_functorch_transforms_active()
+    "Is `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
+    batched = torch._C._functorch.is_legacy_batchedtensor(x)
+    transformed = batched or torch._C._are_functorch_transforms_active()
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or type(x) is not Tensor or functorch or forward_mode
+    return torch.compiler.is_compiling() or type(x) is not Tensor or transformed or forward_mode
 
 # %% ../nbs/10b_relaxed_paths.ipynb #06634162
 class _Walk(torch.autograd.Function):
@@ -225,10 +226,12 @@ def _is_number(x):
 
 def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
     check_grid("cost", cost)
-    if not _is_number(beta) or not 0 < beta < float("inf"): raise ValueError(f"beta: expected a positive number, got {beta!r}")
+    if not _is_number(beta) or not 0 < beta < float("inf"):
+        raise ValueError(f"beta: expected a positive number, got {beta!r}")
     for name, n in (("n_iter", n_iter), ("max_iter", max_iter)):
         whole = n is None or isinstance(n, int) and not isinstance(n, bool) and n >= 1
-        if not whole: raise ValueError(f"{name}: expected a whole number, at least 1, or None, got {n!r}")
+        if not whole:
+            raise ValueError(f"{name}: expected a whole number, at least 1, or None, got {n!r}")
     if loop not in ("for", "while"): raise ValueError(f"loop: expected 'for' or 'while', got {loop!r}")
     if not q >= 0: raise ValueError(f"q: expected a number, at least 0, got {q!r}")
     if not 0 <= epsilon < 1: raise ValueError(f"epsilon: expected a number, at least 0 and below 1, got {epsilon!r}")

@@ -6,8 +6,6 @@
 __all__ = ['shortest_path', 'path_cost', 'exact_path_match', 'is_valid_path', 'regret', 'cost_optimality']
 
 # %% ../nbs/10_shortest_path.ipynb #1d0317e6
-import functools
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
@@ -163,7 +161,7 @@ def _careful_walk(
 
 # %% ../nbs/10_shortest_path.ipynb #6c63209d
 def _fast_walk(
-    d:Float[Tensor, "B1 H2 W2"],      # Distances as `_distances` gives them; a corner of the border is overwritten
+    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner of the border is overwritten
     n_iter:int|None=None,             # Number of steps; None: until all have arrived, or met a plateau
 ) -> tuple:                           # 1 on the path, `(B, H, W)`; maps that met a plateau or did not arrive, `(B,)`
     "The walk back, looking at no cells but those beside the path"
@@ -186,14 +184,15 @@ def _fast_walk(
 
 # %% ../nbs/10_shortest_path.ipynb #9a84f485
 def shortest_path(
-    cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0; infinity is a wall
+    cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0; infinite: a wall
     n_iter:int|None=None,              # Sweeps, and steps back, without a look at the numbers; None: as many as needed
 ) -> Float[Tensor, "*batch H W"]:      # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
     if n_iter is not None: _check_steps(n_iter)
     check_grid("cost", cost)
     if not cost.numel(): return torch.zeros_like(cost)
-    if torch._C._are_functorch_transforms_active(): return _Mapped.apply(cost.detach(), n_iter)
+    if torch._C._are_functorch_transforms_active():
+        return _Mapped.apply(cost.detach(), n_iter)
     if n_iter is None: _check_cost(cost)
     H, W = cost.shape[-2:]
     size, maps = max(1, 2**22//(H*W)), widened(cost.detach()).reshape(-1, H, W)
@@ -220,7 +219,7 @@ def _solve(
 
 # %% ../nbs/10_shortest_path.ipynb #a3d05b12
 class _Mapped(torch.autograd.Function):
-    "The same for a transform of `torch.func`, which cannot follow what depends on numbers"
+    "The same for transforms of `torch.func`, which cannot follow decisions by numbers"
     @staticmethod
     def forward(cost, n_iter): return shortest_path(cost, n_iter)
 
@@ -247,7 +246,7 @@ def _solve_fixed(cost, n_iter):
 # %% ../nbs/10_shortest_path.ipynb #379edd60
 def check_grid(name, x, floating=True):
     if not isinstance(x, Tensor) or floating and not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else f"{type(x).__module__}.{type(x).__name__}".removeprefix("builtins.")
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
@@ -274,8 +273,9 @@ def _check_cost(cost):
 def _refuse_map(cost, reached, first, batch):
     "Why the first map whose goal is not reached has no path"
     k = int((~reached).nonzero()[0])
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first + k), batch)) if batch else ()
-    name, c = "the map" if not index else f"map {index[0] if len(index) == 1 else index}", cost[k]
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first + k), batch or (1,)))
+    name = f"map {index if len(index) > 1 else index[0]}" if batch else "the map"
+    c = cost[k]
     for corner, end in (("top left", c[0, 0]), ("bottom right", c[-1, -1])):
         if end.isinf(): raise ValueError(f"cost: expected finite costs at both ends, "
                                          f"got a wall in the {corner} corner of {name}")
