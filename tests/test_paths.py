@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from newton_losses_nb.newton import NewtonLoss
 from newton_losses_nb.relaxed_paths import path_loss, relaxed_bellman_ford
 from newton_losses_nb.shortest_path import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
-from newton_losses_nb.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
+from newton_losses_nb.smoothing import FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
 
 fast = settings(deadline=None, max_examples=30)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -132,9 +132,9 @@ def test_relaxed_is_finite(scale, beta, loop):
 def flat(c): return shortest_path(c.clamp(min=1e-3).unflatten(-1, (6, 6))).flatten(-2)
 
 LOSSES = {
-    "fenchel_young": lambda **k: FenchelYoungLoss(flat, floor=1e-3, **k),
-    "smoothed_loss": lambda **k: SmoothedLoss(lambda y, w: path_loss(flat(y), w), **k),
-    "smoothed_algorithm": lambda **k: SmoothedAlgorithmLoss(flat, lambda a, w: path_loss(a, w, "l2"), **k),
+    "fenchel_young": lambda noise: FenchelYoungLoss(flat, noise, floor=1e-3),
+    "smoothed_loss": lambda noise: SmoothedLoss(lambda y, w: path_loss(flat(y), w), noise),
+    "smoothed_algorithm": lambda noise: SmoothedAlgorithmLoss(flat, lambda a, w: path_loss(a, w, "l2"), noise),
 }
 
 @pytest.mark.parametrize("curvature,eigenvalues", [("fisher", "raw"), ("hessian", "raw"), ("hessian", "abs"), ("hessian", "clip")])
@@ -144,7 +144,7 @@ def test_newton(name, curvature, eigenvalues, dtype):
     g = torch.Generator().manual_seed(0)
     y, w = torch.rand(7, 36, generator=g).to(dtype) + 0.2, flat(torch.rand(7, 36, generator=g)).to(dtype)
     y.requires_grad_()
-    loss = NewtonLoss(LOSSES[name](n_samples=6, generator=torch.Generator().manual_seed(1)), curvature, eigenvalues=eigenvalues)
+    loss = NewtonLoss(LOSSES[name](Noise(samples=6, generator=torch.Generator().manual_seed(1))), curvature, eigenvalues=eigenvalues)
     loss(y, w).backward()
     assert y.grad.isfinite().all() and y.grad.dtype == dtype
 
@@ -156,7 +156,7 @@ def test_fenchel_young_gradient(seed, floor):
     solver = lambda c: shortest_path(c.clamp(min=1e-3).unflatten(-1, (3, 3))).flatten(-2)
     y, noise = torch.rand(1, 9, generator=g, dtype=torch.float64) + 1, torch.randn(1, 5, 9, generator=g, dtype=torch.float64)
     w = solver(torch.rand(1, 9, generator=g, dtype=torch.float64) + 0.1)
-    value = lambda y: fenchel_young_loss(solver, y, w, sigma=0.3, noise=noise, floor=floor)
+    value = lambda y: fenchel_young_loss(solver, y, w, Noise(0.3, fixed=noise), floor=floor)
     G, = torch.autograd.grad(value(y.requires_grad_()).sum(), y)
     num = torch.stack([(value(y.detach() + 1e-7*o) - value(y.detach() - 1e-7*o))/2e-7 for o in torch.eye(9, dtype=torch.float64)], 1)
     assert_close(G, num, rtol=1e-5, atol=1e-5)
@@ -164,5 +164,6 @@ def test_fenchel_young_gradient(seed, floor):
 
 def test_generator_leaves_the_global_one_alone():
     before = torch.get_rng_state()
-    smoothed_algorithm(flat, torch.rand(2, 36, generator=torch.Generator().manual_seed(0)), generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    smoothed_algorithm(flat, torch.rand(2, 36, generator=g), Noise(generator=g))
     assert torch.equal(before, torch.get_rng_state())
