@@ -5,13 +5,7 @@
 # %% auto #0
 __all__ = ['shortest_path', 'path_cost', 'exact_path_match', 'is_valid_path', 'regret', 'cost_optimality']
 
-<<<<<<< HEAD:newton_losses_nb/paths/exact.py
 # %% ../../nbs/paths/00_exact.ipynb #1d0317e6
-import functools
-
-=======
-# %% ../nbs/10_shortest_path.ipynb #1d0317e6
->>>>>>> paths:newton_losses_nb/shortest_path.py
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
@@ -98,13 +92,8 @@ def _distances(
         d[k+1:k+1+m] = sweeps.d[..., :m].permute(2, 0, 1)
     return d, settled
 
-<<<<<<< HEAD:newton_losses_nb/paths/exact.py
 # %% ../../nbs/paths/00_exact.ipynb #d92551bf
-_NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
-=======
-# %% ../nbs/10_shortest_path.ipynb #d92551bf
 NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
->>>>>>> paths:newton_losses_nb/shortest_path.py
 
 # %% ../../nbs/paths/00_exact.ipynb #08c9304b
 def _predecessors(
@@ -228,10 +217,7 @@ def _solve(
         path[left] = _careful_walk(d).to(path.dtype)
     return path
 
-<<<<<<< HEAD:newton_losses_nb/paths/exact.py
-# %% ../../nbs/paths/00_exact.ipynb #4a3ce941
-=======
-# %% ../nbs/10_shortest_path.ipynb #a3d05b12
+# %% ../../nbs/paths/00_exact.ipynb #a3d05b12
 class _Mapped(torch.autograd.Function):
     "The same for transforms of `torch.func`, which cannot follow decisions by numbers"
     @staticmethod
@@ -247,8 +233,7 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return None, None
 
-# %% ../nbs/10_shortest_path.ipynb #4a3ce941
->>>>>>> paths:newton_losses_nb/shortest_path.py
+# %% ../../nbs/paths/00_exact.ipynb #4a3ce941
 def _solve_fixed(cost, n_iter):
     d, settled = _distances(cost, n_iter)
     settled &= d[1:, -2, -2].isfinite()
@@ -258,13 +243,8 @@ def _solve_fixed(cost, n_iter):
     path, left = _fast_walk(d, n_iter)
     return path.masked_fill((left | ~settled)[:, None, None], torch.nan)
 
-<<<<<<< HEAD:newton_losses_nb/paths/exact.py
 # %% ../../nbs/paths/00_exact.ipynb #379edd60
-def _check_grid(name, x, floating=True):
-=======
-# %% ../nbs/10_shortest_path.ipynb #379edd60
 def check_grid(name, x, floating=True):
->>>>>>> paths:newton_losses_nb/shortest_path.py
     if not isinstance(x, Tensor) or floating and not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
@@ -277,7 +257,7 @@ def check_same_shape(name, x, other, y):
 
 def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/10_shortest_path.ipynb #5c0e1a77
+# %% ../../nbs/paths/00_exact.ipynb #5c0e1a77
 def _check_steps(n_iter):
     if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
         raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got {n_iter!r}")

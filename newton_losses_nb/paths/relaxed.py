@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-<<<<<<< HEAD:newton_losses_nb/paths/relaxed.py
-from ..core.curvature import _needs_plain
-from .exact import _NEIGHBOURS, _check_grid, _same_shape, _wide
-=======
-from .shortest_path import NEIGHBOURS, check_grid, check_same_shape, widened
->>>>>>> paths:newton_losses_nb/relaxed_paths.py
+from .exact import NEIGHBOURS, check_grid, check_same_shape, widened
 
 # %% ../../nbs/paths/01_relaxed.ipynb #b010533b
 def _near(padded):
@@ -155,10 +150,7 @@ def _walk_backward(g, at, shape, kept, beta):
         u.sub_((flat.inner(after) + step).sub_(1)).mul_(e).mul_(now)
     return flat.grids(g_step)*beta
 
-<<<<<<< HEAD:newton_losses_nb/paths/relaxed.py
-# %% ../../nbs/paths/01_relaxed.ipynb #06634162
-=======
-# %% ../nbs/10b_relaxed_paths.ipynb #b82c9d05
+# %% ../../nbs/paths/01_relaxed.ipynb #b82c9d05
 def _needs_plain(x):
     "Is `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
     batched = torch._C._functorch.is_legacy_batchedtensor(x)
@@ -166,8 +158,7 @@ def _needs_plain(x):
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return torch.compiler.is_compiling() or type(x) is not Tensor or transformed or forward_mode
 
-# %% ../nbs/10b_relaxed_paths.ipynb #06634162
->>>>>>> paths:newton_losses_nb/relaxed_paths.py
+# %% ../../nbs/paths/01_relaxed.ipynb #06634162
 class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cost, beta, n_iter, steps):
@@ -227,16 +218,12 @@ def relaxed_bellman_ford(
     path = grids(tracked[-1]) if loop == "for" else _while_mean(grids(torch.stack(tracked)), beta, epsilon)
     return path.reshape(cost.shape).to(cost.dtype)
 
-<<<<<<< HEAD:newton_losses_nb/paths/relaxed.py
 # %% ../../nbs/paths/01_relaxed.ipynb #d681f3b8
-=======
-# %% ../nbs/10b_relaxed_paths.ipynb #d681f3b8
 def _is_number(x):
     "Is `x` a number of Python or NumPy, or a tensor that is one? A bool is not"
     if isinstance(x, Tensor): return x.ndim == 0 and x.dtype != torch.bool
     return isinstance(x, Real) and not isinstance(x, bool)
 
->>>>>>> paths:newton_losses_nb/relaxed_paths.py
 def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
     check_grid("cost", cost)
     if not _is_number(beta) or not 0 < beta < float("inf"):

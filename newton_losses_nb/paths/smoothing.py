@@ -16,33 +16,18 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-<<<<<<< HEAD:newton_losses_nb/paths/smoothing.py
-from ..core.curvature import check_finite, derivatives, sample_losses
+from ..core.derivatives import derivatives
 
 # %% ../../nbs/paths/02_smoothing.ipynb #6dc7c1e8
-class Noise(NamedTuple):
-    "A distribution of independent noise: how to draw it, and its log density with two derivatives"
-    draw:Callable         # (shape, dtype, device, generator) -> noise
-=======
-from .curvature import derivatives
-
-# %% ../nbs/11_smoothing.ipynb #6dc7c1e8
 class Distribution(NamedTuple):
     "Independent noise: how to draw it, and its log density with two derivatives"
     draw:Callable         # (y, shape, generator) -> noise in the dtype of y
->>>>>>> paths:newton_losses_nb/smoothing.py
     log_density:Callable  # log p, up to a constant
     score:Callable        # −(log p)′
     curvature:Callable    # (log p)″
 
-<<<<<<< HEAD:newton_losses_nb/paths/smoothing.py
 # %% ../../nbs/paths/02_smoothing.ipynb #412b5b73
-def _normal(shape, **kwargs): return torch.randn(shape, **kwargs)
-def _gumbel(shape, **kwargs): return -torch.empty(shape, dtype=kwargs["dtype"], device=kwargs["device"]).exponential_(generator=kwargs["generator"]).log()
-=======
-# %% ../nbs/11_smoothing.ipynb #412b5b73
 def _device(y, generator): return y.device if generator is None else generator.device
->>>>>>> paths:newton_losses_nb/smoothing.py
 
 def _normal(y, shape, generator):
     device = _device(y, generator)
@@ -72,10 +57,7 @@ def _ratio_minus_1(
     shift = (y - y.detach())[:, None]/sigma
     return (kind.log_density(noise - shift) - kind.log_density(noise)).sum(-1).expm1()
 
-<<<<<<< HEAD:newton_losses_nb/paths/smoothing.py
 # %% ../../nbs/paths/02_smoothing.ipynb #64ed5e96
-=======
-# %% ../nbs/11_smoothing.ipynb #64ed5e96
 @dataclass(frozen=True, eq=False, repr=False)
 class Noise:
     "What noise is added, and how many samples of it"
@@ -97,7 +79,7 @@ class Noise:
                  if getattr(self, f.name) is not f.default}
         return f"Noise({', '.join(f'{k}={_as_code(v)}' for k, v in given.items())})"
 
-# %% ../nbs/11_smoothing.ipynb #c41a9e06
+# %% ../../nbs/paths/02_smoothing.ipynb #c41a9e06
 def _as_code(x):
     "What makes `x` again; numbers of a tensor are left out"
     if isinstance(x, Tensor): return "..."
@@ -121,7 +103,7 @@ def _is_noise(x):
         f"noise: expected Noise(sigma=..., samples=..., ...), got {type(x).__name__}")
     return x
 
-# %% ../nbs/11_smoothing.ipynb #d2b7703f
+# %% ../../nbs/paths/02_smoothing.ipynb #d2b7703f
 _BASELINES = "leave_one_out", "value", "none"
 
 def _check_noise(o):
@@ -149,8 +131,7 @@ def _samples(o):
     raise ValueError(f"samples: expected {kind} number, at least {least}, "
                      f"with baseline={o.baseline!r}{why}, got {n!r}")
 
-# %% ../nbs/11_smoothing.ipynb #0a64be72
->>>>>>> paths:newton_losses_nb/smoothing.py
+# %% ../../nbs/paths/02_smoothing.ipynb #0a64be72
 def draw_noise(
     y:Float[Tensor, "N ..."],  # Outputs, for shape, dtype and device
     noise:Noise=Noise(),       # What noise
@@ -164,7 +145,7 @@ def draw_noise(
     e = draw(y, (n, half, m), noise.generator).to(y.device)
     return torch.cat([e, -e], 1) if noise.antithetic else e
 
-# %% ../nbs/11_smoothing.ipynb #1b90d5fe
+# %% ../../nbs/paths/02_smoothing.ipynb #1b90d5fe
 def _check_rows_of(y):
     if isinstance(y, Tensor) and y.is_floating_point() and y.ndim >= 2: return
     got = (tuple(y.shape), y.dtype) if isinstance(y, Tensor) else type(y).__name__
@@ -207,13 +188,8 @@ def _smoothed(name, algorithm, y, noise, args):
     q = _ratio_minus_1(y.flatten(1), e, noise.sigma, DISTRIBUTIONS[noise.distribution])
     return f.mean(1) + (centred*q.reshape(*q.shape, *[1]*(f.ndim - 2))).mean(1)
 
-<<<<<<< HEAD:newton_losses_nb/paths/smoothing.py
 # %% ../../nbs/paths/02_smoothing.ipynb #ad7ef6fa
-def _sample(algorithm, y, n_samples, sigma, args, baseline, antithetic, distribution, generator, noise):
-=======
-# %% ../nbs/11_smoothing.ipynb #ad7ef6fa
 def _sample(name, algorithm, y, noise, args):
->>>>>>> paths:newton_losses_nb/smoothing.py
     "Results `(N, S, ...)` at the noisy points, the same minus the baseline, and the noise"
     e = draw_noise(y, noise)
     def at(e): return _call(name, algorithm, y, noise.sigma*e, args)
@@ -239,25 +215,7 @@ def _results(name, algorithm, points, args, dtype):
     f = _run(name, algorithm, points.flatten(0, 1), args)
     return f.to(torch.promote_types(f.dtype, dtype)).unflatten(0, (n, S))
 
-<<<<<<< HEAD:newton_losses_nb/paths/smoothing.py
 # %% ../../nbs/paths/02_smoothing.ipynb #01774d07
-def _noise_for(y, n_samples, sigma, baseline, antithetic, distribution, generator, noise):
-    "Check everything that concerns noise, and draw it unless it is given"
-    _check_settings(sigma, baseline, antithetic, distribution)
-    if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim < 2: raise ValueError(
-        f"y: expected a floating-point tensor of shape (N, ...), got {(tuple(y.shape), y.dtype) if isinstance(y, Tensor) else type(y).__name__}")
-    if noise is not None:
-        m = y.shape[1:].numel()
-        if not isinstance(noise, Tensor): raise TypeError(f"noise: expected a tensor, got {type(noise).__name__}")
-        if noise.ndim not in (2, 3) or noise.shape[-1] != m or noise.ndim == 3 and len(noise) != len(y):
-            raise ValueError(
-            f"noise: expected shape ({len(y)}, S, {m}) or (S, {m}), got {tuple(noise.shape)} (where a batch is cut, by chunk_size, it must be (S, {m}))")
-        noise = noise.to(y).expand(len(y), *noise.shape[-2:])
-        n_samples = noise.shape[1]
-    _check_samples(n_samples, baseline, antithetic)
-    return draw_noise(y, n_samples, antithetic, distribution, generator) if noise is None else noise
-=======
-# %% ../nbs/11_smoothing.ipynb #01774d07
 def _run(name, algorithm, points, args):
     "Call the algorithm; what goes wrong is explained by how it was called"
     n, transform = len(points), torch._C._are_functorch_transforms_active()
@@ -275,7 +233,6 @@ def _run(name, algorithm, points, args):
         f"{name}: expected a tensor with one row for each of the {n} rows it was given, "
         f"got shape {tuple(f.shape)} ({called})")
     return f
->>>>>>> paths:newton_losses_nb/smoothing.py
 
 def _check_tensor(name, f):
     if not isinstance(f, Tensor): raise TypeError(
@@ -346,23 +303,13 @@ def fenchel_young_loss(
     settings = noise.sigma, baseline, noise.antithetic, kind
     return _Expansion.apply(y.flatten(1), loss, G, g, e, *settings)
 
-<<<<<<< HEAD:newton_losses_nb/paths/smoothing.py
 # %% ../../nbs/paths/02_smoothing.ipynb #36f42612
-def _fenchel_young(solver, y, y_true, n_samples, sigma, maximize, floor, baseline, antithetic, distribution, generator, noise):
-    "Loss, gradient, the gradients of the noisy copies, the baseline still to be taken off them, and the noise"
-    if y_true.shape != y.shape: raise ValueError(f"y_true: expected the shape of y, {tuple(y.shape)}, got {tuple(y_true.shape)}")
-    noise = _noise_for(y, n_samples, sigma, baseline, antithetic, distribution, generator, noise)
-    raised = (lambda c: c) if floor is None else lambda c: c.clamp(min=floor)
-    w_true = y_true.detach().to(y.dtype).flatten(1)[:, None]
-=======
-# %% ../nbs/11_smoothing.ipynb #36f42612
 def _fenchel_young(solver, y, y_true, noise, maximize, floor):
     "Loss, gradient, gradients of the noisy copies, the baseline yet to take off, the noise"
     if y_true.shape != y.shape: raise ValueError(
         f"y_true: expected the shape of y, {tuple(y.shape)}, got {tuple(y_true.shape)}")
     e, w_true = draw_noise(y, noise), y_true.detach().to(y.dtype).flatten(1)[:, None]
     def raised(costs): return costs if floor is None else costs.clamp(min=floor)
->>>>>>> paths:newton_losses_nb/smoothing.py
     def difference(costs):
         points = costs.view(*costs.shape[:2], *y.shape[1:])
         w = _solutions(solver, points, y.dtype).flatten(2)
@@ -410,7 +357,8 @@ class _NoisyLoss:
 
 def _outer_derivatives(loss_fn, a, args, hessian):
     "Derivatives of a differentiable loss at the algorithm's result"
-    return derivatives(loss_fn, a, *args, hessian=hessian, check=False, finite=False)
+    second = "full" if hessian else None
+    return derivatives(loss_fn, a, *args, second=second, check=False)
 
 # %% ../../nbs/paths/02_smoothing.ipynb #37c23d81
 class SmoothedLoss(_NoisyLoss):
