@@ -488,7 +488,7 @@ _ADVICE = { # What to do about some answers
     "non-finite value": "Compute the loss in float64.",
     "non-finite gradient": "Compute the loss in float64.",
     "non-finite Hessian": "Use the Fisher, or compute the loss in float64.",
-    "indefinite": "The Hessian is indefinite: eigenvalues='abs', or λ above the most negative one."}
+    "indefinite": "It is indefinite: eigenvalues='abs', or λ above the most negative one."}
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 def _settings(report, p):
