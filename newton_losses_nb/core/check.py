@@ -498,7 +498,8 @@ def _settings(report, p):
     report.advice = [a for a in named if a]
     trusted = found["second derivative"] == "right"
     trusted = trusted and found["first derivative"] not in ("wrong", "surrogate")
-    if trusted and found["eigenvalues"] and "non-finite" not in str(found["float32"]):
+    single = report["float32"].verdict == "ok" or found["float32"] == "no"
+    if trusted and single and found["eigenvalues"]:
         if p.e is None: report.advice.append("The Hessian is right, but takes a pass for each of "
             f"{m} outputs; NewtonLoss(loss_fn, Krylov()) needs fewer.")
         elif p.e.any():
