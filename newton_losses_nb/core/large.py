@@ -27,12 +27,12 @@ class CGResult(NamedTuple):
     iterations: int                # Products that were asked for
 
 def conjugate_gradient(
-    product:Callable,          # `product(V)`: rows C V_k; C symmetric
-    b:Float[Tensor, "*b m"],   # Right-hand sides
-    lam:Float[Tensor, "*b"],   # Damping λ of each
-    tol:float=1e-5,            # Wanted relative residual; 0: `max_iter` products, reading no number
-    max_iter:int=100,          # Most products
-) -> CGResult:                 # Solutions of (C + λI) x = b, and how well they were reached
+    product:Callable,        # `product(V)`: rows C V_k; C symmetric
+    b:Float[Tensor, "*b m"], # Right-hand sides
+    lam:Float[Tensor, "*b"], # Damping λ of each
+    tol:float=1e-5,          # Wanted relative residual; 0: `max_iter` products, reading no number
+    max_iter:int=100,        # Most products
+) -> CGResult:               # Solutions of (C + λI) x = b, and how well they were reached
     "Conjugate gradients for several right-hand sides, stopped at negative curvature"
     tiny, eps = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
     size = b.abs().amax(-1, keepdim=True).clamp_min(tiny)

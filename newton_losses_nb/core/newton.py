@@ -14,6 +14,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -28,11 +29,10 @@ from newton_losses_nb.core.solves import (
     SPECTRA, choice, damping, diagonal_step, gram_step, number, random_signs, row_step,
     spectral_step, spectrum)
 
-# %% ../../nbs/core/04_newton.ipynb #6c667698
-def one_line(self) -> str: # For objects that keep their arguments under their names
-    "The call that makes an object, without what is at its default"
-    name = lambda v: getattr(v, "__name__", None) or repr(v)
-    shown = []
+# %% ../../nbs/core/04_newton.ipynb #01d46a3a
+def one_line(self) -> str:
+    "The call that makes an object that keeps its arguments, without what is at its default"
+    name, shown = lambda v: getattr(v, "__name__", None) or repr(v), []
     for p in inspect.signature(type(self)).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
         v = getattr(self, p.name)
@@ -43,15 +43,15 @@ def one_line(self) -> str: # For objects that keep their arguments under their n
 # %% ../../nbs/core/04_newton.ipynb #96bb7630
 class Direction(nn.Module):
     "What is sent back to the outputs in place of the gradient; by itself, the gradient"
-    second = None
+    second, memory = None, ()
     __repr__ = one_line
 
     def observe(
         self,
         b:Batch,    # Some samples
     ) -> Evidence:  # Sums over them
-        "What to add up over samples"
-        return Evidence.of(b)
+        "What to add up over samples; the gradient needs nothing"
+        return Evidence()
 
     def forward(
         self,
@@ -74,9 +74,11 @@ class Scalar(Direction):
         elif isinstance(lam, Tensor) or not callable(lam): lam = number("lam", lam)
         self.lam = lam
 
+    def observe(self, b): return Evidence.of(b)
+
     def forward(self, e, G, mask=None):
         n = e.samples.clamp_min(1)
-        others = (e.count.sum(-1)/n - 1)
+        others = e.count.sum(-1)/n - 1
         c = e.square.sum(-1)/n/others.where(others > 0, 1) + damping(self.lam, e)
         return G/c[..., None, None]
 
@@ -95,12 +97,13 @@ class Fisher(Scalar):
     def damping(self, e): return damping(self.lam, e)
 
     def solve(self, e, G, lam):
-        if self.power == 1: return (gram_step if self.lam == "auto" else row_step)(e, G, lam)
-        _, s, Vh = torch.linalg.svd(e.mean, full_matrices=False)
+        if self.power == 1 and self.lam == "auto": return gram_step(e.mean, G, lam, e.rows is G)
+        if self.power == 1: return row_step(e, G, lam)
+        _, s, Vh = torch.linalg.svd(e.mean.nan_to_num(0, 0, 0), full_matrices=False)
         return spectral_step(G, s.square(), Vh.mT, lam, self.power)
 
     def forward(self, e, G, mask=None):
-        if mask is None: return self.solve(e, G, self.damping(e))
+        if mask is None: return self.solve(e, G, damping(self.lam, e))
         return by_pattern(self, e, G, mask)
 
 # %% ../../nbs/core/04_newton.ipynb #bc9868c0
@@ -116,7 +119,8 @@ class Hessian(Fisher):
         super().__init__(lam, power)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
         if eigenvalues == "raw" and self.power % 1: raise ValueError(
-            f"power: expected a whole number with eigenvalues='raw', got {power!r}; use 'abs' or 'clip'")
+            "power: expected a whole number with eigenvalues='raw', which may be negative, got "
+            f"{power!r}; use 'abs' or 'clip'")
 
     def observe(self, b): return Evidence.of(b)._replace(total=b.H.sum(-3))
 
@@ -130,12 +134,12 @@ class Hessian(Fisher):
     def forward(self, e, G, mask=None):
         return self.solve(e, G) if mask is None else by_pattern(self, e, G, mask)
 
-# %% ../../nbs/core/04_newton.ipynb #1f0a30e1
-def by_pattern(direction, e, G, mask):
+# %% ../../nbs/core/04_newton.ipynb #098d316a
+def by_pattern(direction:Fisher, e:Evidence, G:Float[Tensor, "*b N m"], mask) -> Tensor:
     "One solve for each pattern of real outputs, with the curvature of those outputs"
     if G.ndim > 2:
-        parts = [by_pattern(direction, e.at(i), *x) for i, x in enumerate(zip(G, mask))]
-        return torch.stack(parts)
+        batches = (e.map(lambda x: x[i], lambda x: x[i]) for i in range(len(G)))
+        return torch.stack([by_pattern(direction, *x) for x in zip(batches, G, mask)])
     D, lam = torch.zeros_like(G), direction.damping(e.cut(e.count > 0))
     for real in mask.unique(dim=0):
         i = (mask == real).all(1)
@@ -155,7 +159,6 @@ class Whiten(Fisher):
 class DiagonalFisher(Scalar):
     "The Fisher step with the diagonal of F only"
     def observe(self, b): return (e := Evidence.of(b))._replace(total=e.square)
-
     def forward(self, e, G, mask=None): return diagonal_step(G, e.mean, damping(self.lam, e))
 
 class DiagonalHessian(Scalar):
@@ -189,28 +192,19 @@ class PerSample(Direction):
         direction:Direction, # What each sample takes
     ):
         super().__init__()
-        if not isinstance(direction, Direction) or isinstance(direction, PerSample) \
-                or hasattr(direction, "memory"):
+        known = isinstance(direction, Direction) and not isinstance(direction, PerSample)
+        if not known or direction.memory:
             raise TypeError(f"direction: expected one that remembers nothing, got {direction!r}")
         self.direction, self.second = direction, direction.second
 
     def observe(self, b): return b
 
-    def forward(self, e, G, mask=None):
-        b = e
-        if mask is None: return self._alone(b)
-        D = torch.zeros_like(G)
-        for real in mask.flatten(0, -2).unique(dim=0):
-            i = (mask == real).all(-1)
-            if real.any(): D[i.unsqueeze(-1) & real] = self._alone(b.cut(i, real)).flatten()
-        return D
-
-    def _alone(self, b):
-        H = b.H.unsqueeze(b.G.ndim - 1) if isinstance(b.H, Tensor) else b.H
+    def forward(self, b, G, mask=None):
+        H = b.H.unsqueeze(G.ndim - 1) if isinstance(b.H, Tensor) else b.H
         if callable(H): H = lambda V: b.H(V.squeeze(-2)).unsqueeze(-2)
-        weight = None if b.weight is None else b.weight.unsqueeze(-2)
-        own = Batch(b.loss, b.G.unsqueeze(-2), H, weight)
-        return self.direction(self.direction.observe(own), own.G).squeeze(-2)
+        alone = lambda x: None if x is None else x.unsqueeze(-2)
+        own = Batch(b.loss, alone(G), H, alone(b.weight))
+        return self.direction(self.direction.observe(own), own.G, alone(mask)).squeeze(-2)
 
 # %% ../../nbs/core/04_newton.ipynb #24f21d29
 class Clip(Direction):
@@ -225,11 +219,13 @@ class Clip(Direction):
     def forward(self, e, G, mask=None):
         tiny = torch.finfo(G.dtype).tiny
         size = G.abs().amax(-1, keepdim=True).clamp_min(tiny)
-        norm = torch.linalg.vector_norm(G/size, dim=-1, keepdim=True).clamp_min(tiny)
-        return G/size*size.minimum(self.max_norm/norm)
+        unit = G/size
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(tiny)
+        return unit*size.minimum(self.max_norm/norm)
 
 class Normalize(Direction):
     "Gradients divided by the root mean square of all their entries"
+    def observe(self, b): return Evidence.of(b)
     def forward(self, e, G, mask=None):
         rms = (e.square.sum(-1)/e.count.sum(-1).clamp_min(1)).sqrt()
         return G/rms.clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
@@ -244,7 +240,7 @@ class OutputLoss(nn.Module):
         direction:Direction=Direction(), # What is sent back
         chunk_size:int|None=None,        # Samples whose derivatives are computed at a time
         check:bool=True,                 # Check the loss's derivatives at the first call?
-        on_nonfinite:str="raise",        # What NaN, infinity or a singular C + λI does, see below
+        on_nonfinite:str="raise",        # What NaN does: "raise", "skip" it, plain "gradient"
         group="auto",                    # Processes that share the batch: "auto", a group, or None
     ):
         super().__init__()
@@ -255,8 +251,8 @@ class OutputLoss(nn.Module):
         chunk_size = None if chunk_size is None else int(number("chunk_size", chunk_size, 1))
         self.loss_fn, self.direction, self.chunk_size = loss_fn, direction, chunk_size
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, ("raise", "skip", "gradient"))
-        self.check, self.group, self.shared = check, group, None
-        self.checked, self.learns = not check or on_nonfinite == "skip", False
+        self.check, self.group, self.shared, self.learns = check, group, None, False
+        self.checked = not check or on_nonfinite == "skip"
 
     @torch._disable_dynamo
     def forward(
@@ -266,13 +262,14 @@ class OutputLoss(nn.Module):
         mask:Bool[Tensor, "*b N m"]|None=None, # True where an output is real; None: everywhere
     ) -> Float[Tensor, "*b"]:                  # The value to log and to call `backward` on
         "Mean loss; its gradient at `y` is the direction over N"
-        functional = torch._C._are_functorch_transforms_active()
         self._check_call(y, mask, args)
-        if not functional and not (y.requires_grad and torch.is_grad_enabled()):
-            return self._plain(y, mask, args)
-        plain = None if functional else self._plain_to_learn(y.detach(), mask, args)
-        value = _Send.apply(y, self, mask, *args)[0]
-        return value if plain is None else value + (plain - plain.detach())
+        functional = torch._C._are_functorch_transforms_active()
+        wanted = functional or y.requires_grad and torch.is_grad_enabled()
+        if not wanted: return self._plain(y, mask, args)
+        own = None if functional else self._plain_to_learn(y.detach(), mask, args)
+        base = _Send if functional else super(torch.autograd.Function, _Send)
+        value = base.apply(y, self, mask, *args)[0]
+        return value if own is None else value + (own - own.detach())
 
     def directions(
         self,
@@ -282,32 +279,33 @@ class OutputLoss(nn.Module):
     ) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N m"]]:
         "Losses and the directions to send back, zero for samples that take no part"
         self._check_call(y, mask, args)
-        with torch.no_grad(): b, D, _ = self._step(y, mask, args)
-        return b.loss, D
+        with torch.no_grad(): return self._step(y, mask, args)[:2]
 
 # %% ../../nbs/core/04_newton.ipynb #fc11b1fc
 @patch
 def _step(self:OutputLoss, y, mask, args, remember=False):
-    "The batch, its directions, and how many samples take part for each process"
-    group, memory = Group(self.group), getattr(self.direction, "memory", None)
-    b, e = group.together(lambda: self._observe(y, mask, args), y.device)
+    "Losses, directions, which samples take part (None: all), and how many for each process"
+    group, memory = Group(self.group), None if self.shared else self.direction.memory
+    b, e = group.together(partial(self._observe, y, mask, args), y.device)
     e = self.shared or e.pooled(group)
-    if memory is not None and not self.shared: e, past = memory(e)
-    D = group.together(lambda: self._usable(self.direction(e, b.G, mask), b, e, y), y.device)
-    if memory is not None and not self.shared and remember: memory.keep(past)
+    if memory: e, past = memory(e)
+    D = group.together(partial(self._directions, e, b, mask, y), y.device)
+    if memory and remember: memory.keep(past)
     self.checked = self.checked or y.shape[-2] > 1
-    n = y.shape[-2] if b.weight is None and group.size == 1 else group.add(b.n)/group.size
-    return b, D.to(b.loss), n
+    taken = None if b.weight is None else b.taken
+    n = y.shape[-2] if taken is None and group.size == 1 else group.add(b.n)/group.size
+    return b.loss, D.to(b.loss), taken, n
 
 @patch
-def _usable(self:OutputLoss, D, b, e, y):
-    "Directions, or what `on_nonfinite` says where one is not finite"
+def _directions(self:OutputLoss, e, b, mask, y):
+    "What the direction sends back, or what `on_nonfinite` says where that is not finite"
+    D = self.direction(e, b.G, mask) if b.G.shape[-2] else b.G
     if b.weight is not None: D = D.where(b.weight > 0, 0)
-    if self.on_nonfinite != "raise":
-        found = D.isfinite().all(-1).all(-1)[..., None, None]
-        return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
-    if not math.isfinite((D.sum() + b.loss.sum() + y.sum()).item()): _explain(D, b, e, y)
-    return D
+    if self.on_nonfinite == "raise":
+        if not math.isfinite((D.sum() + b.loss.sum()).item()): _explain(D, b, e, y)
+        return D
+    found = D.isfinite().all(-1).all(-1)[..., None, None]
+    return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
 
 def _explain(D, b, e, y):
     "Raise an error that says what is not finite, if anything is"
@@ -315,8 +313,7 @@ def _explain(D, b, e, y):
     named = {"y": y, "loss_fn's values": b.loss, "gradient of loss_fn": b.G,
              "Hessian of loss_fn": getattr(e, "total", None)}
     for name, x in named.items():
-        bad = 0 if x is None else int((~x.isfinite()).sum())
-        if bad: raise NonFiniteError(
+        if x is not None and (bad := int((~x.isfinite()).sum())): raise NonFiniteError(
             f"{name}: expected finite numbers, got {bad} NaN or infinite out of {x.numel()}")
     if not D.isfinite().all(): raise SingularError(
         "lam: C + λI is singular, or λ is no number that is at least 0; expected a larger lam, "
@@ -326,81 +323,86 @@ def _explain(D, b, e, y):
 @patch
 def _observe(self:OutputLoss, y, mask, args):
     "The batch, and the sum of what its chunks say"
-    (*lead, N, m), y, args = y.shape, y.detach(), list(args)
-    own = self._of_samples(y, mask, args)
-    size = max(1, (self.chunk_size or N)//math.prod(lead)) if N else 1
-    def piece(i, k):
-        cut = lambda a: a if k >= N else a.narrow(len(lead), i, min(k, N - i))
-        more = [cut(a) if o else a for a, o in zip(args, own)]
-        return self._batch(cut(y), None if mask is None else cut(mask), more)
-    if size == 1 < N and not self.checked: piece(0, 2)
-    with full_precision(y): parts = [piece(i, size) for i in range(0, max(N, 1), size)]
-    e = functools.reduce(operator.add, map(self.direction.observe, parts))
+    (*lead, N, _), own = y.shape, self._of_samples(y, mask, args)
+    size = max(1, (self.chunk_size or max(1, N))//math.prod(lead))
+    with full_precision(y):
+        if size >= N:
+            b = self._batch(y, mask, args)
+            return b._replace(H=None), None if self.shared else self.direction.observe(b)
+        def piece(i, k):
+            cut = lambda a: None if a is None else a.narrow(len(lead), i, min(k, N - i))
+            return self._batch(cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)])
+        if size == 1 and not self.checked: piece(0, 2)
+        parts = [piece(i, size) for i in range(0, N, size)]
+    e = None if self.shared else functools.reduce(operator.add, map(self.direction.observe, parts))
     return functools.reduce(operator.add, [b._replace(H=None) for b in parts]), e
 
 @patch
 def _batch(self:OutputLoss, y, mask, args):
     "What the loss says of some samples, in float64; zeros and weight 0 for what takes no part"
-    lead, second = y.shape[:-1], self.direction.second
-    y, mask, args = _flat(y, mask, args)
-    if self.on_nonfinite != "raise":
+    lead, guard = y.shape[:-1], self.on_nonfinite != "raise"
+    y, mask, *args = _flat(len(lead), y.detach(), mask, *args)
+    if guard:
         fine = (y.isfinite() if mask is None else y.isfinite() | ~mask).all(-1, keepdim=True)
         y = y.where(fine, 0)
-    settings = dict(second=second, check=not self.checked)
-    if mask is not None or not len(y):
-        mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-        loss, G, H = padded_derivatives(self.loss_fn, y, mask, *args, **settings)
-    else: loss, G, H = derivatives(self.loss_fn, y, *args, **settings)
-    if self.on_nonfinite != "raise":
+    if not len(y): mask = y.bool()
+    if mask is None: find, args = derivatives, (y, *args)
+    else: find, args = padded_derivatives, (y, mask, *args)
+    second = None if self.shared else self.direction.second
+    loss, G, H = find(self.loss_fn, *args, second=second, check=not self.checked)
+    if guard:
         fine = fine & loss.isfinite().unsqueeze(-1) & G.isfinite().all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and isinstance(H, Tensor):
             fine = fine & H.isfinite().flatten(1).all(-1, keepdim=True)
-        G = G.where(fine, 0)
+        mask, G = fine.expand_as(G) if mask is None else mask & fine, G.where(fine, 0)
         if isinstance(H, Tensor): H = H.where(fine.view(-1, *[1]*(H.ndim - 1)), 0)
-        mask = fine.expand_as(G) if mask is None else mask & fine
-    shape = lambda x: x if len(lead) == 1 else x.view(*lead, *x.shape[1:])
-    if isinstance(H, Tensor): H = shape(H.double())
-    elif H is not None:
-        flat = H
-        H = lambda V: flat(V.flatten(1, -2)).double().view(V.shape)
-    return Batch(shape(loss), shape(G.double()), H, None if mask is None else shape(mask.double()))
+    if len(lead) > 1:
+        loss, G, H, mask = (x.unflatten(0, lead) if isinstance(x, Tensor) else x
+                            for x in (loss, G, H, mask))
+    if isinstance(H, Tensor): H = H.double()
+    elif H: H = partial(lambda H, V: H(V.flatten(1, -2)).double().view(V.shape), H)
+    return Batch(loss, G.double(), H, None if mask is None else mask.double())
 
-def _flat(y, mask, args):
-    "Outputs `(N, m)` of at least single precision, with what belongs to them"
-    lead = y.shape[:-1]
-    def flat(a):
-        if not isinstance(a, Tensor): return a
-        a = a.float() if a.dtype in (torch.half, torch.bfloat16) else a
-        return a.flatten(0, len(lead) - 1) if len(lead) > 1 and a.shape[:len(lead)] == lead else a
-    return flat(y), flat(mask), [flat(a) for a in args]
+def _flat(k, y, *others):
+    "Tensors with the k first dimensions of `y` joined, in at least single precision"
+    found = []
+    for a in (y, *others):
+        if isinstance(a, Tensor):
+            if k > 1 and a.shape[:k] == y.shape[:k]: a = a.flatten(0, k - 1)
+            if a.dtype in (torch.half, torch.bfloat16): a = a.float()
+        found.append(a)
+    return found
 
 # %% ../../nbs/core/04_newton.ipynb #24a3a6e9
 class _Send(torch.autograd.Function):
     "A value whose gradient at `y` is the direction over N"
     @staticmethod
     def forward(y, loss, mask, *args):
-        b, D, n = loss._step(y, mask, args, remember=loss.training)
-        if isinstance(n, Tensor): return _mean(b, b.n), D/n.where(n > 0, 1)[..., None, None].to(D)
-        return _mean(b, n), D/n
+        values, D, taken, n = loss._step(y, mask, args, remember=loss.training)
+        mean = _mean(values, taken, None if taken is None else taken.sum(-1))
+        return mean, D/(n.where(n > 0, 1)[..., None, None].to(D) if isinstance(n, Tensor) else n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], output[1])
         ctx.others = len(inputs) - 1
 
     @staticmethod
     def backward(ctx, g, _):
         y, D = ctx.saved_tensors
+        if g is None: return None, *[None]*ctx.others
         D = ((g if g.ndim == 0 else g[..., None, None])*D).to(y.dtype)
-        return _OnceOnly.apply(D, y) if torch.is_grad_enabled() else D, *[None]*ctx.others
+        if torch.is_grad_enabled(): D = _OnceOnly.apply(D, y)
+        return D, *[None]*ctx.others
 
     @staticmethod
     def jvp(ctx, *tangents): raise _no_forward_mode()
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        if hasattr(inputs[1].direction, "memory"): raise RuntimeError(
+        if inputs[1].direction.memory: raise RuntimeError(
             "a Newton loss with a memory cannot run under torch.func.vmap, since the networks "
             "would share it; give each its own loss")
         take = lambda i: [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims)]
@@ -426,52 +428,51 @@ def _no_forward_mode(): return RuntimeError(
 # %% ../../nbs/core/04_newton.ipynb #78e39088
 @patch
 def _of_samples(self:OutputLoss, y, mask, args):
-    "Which arguments have a row for each sample; where a batch is cut, the others have 1 row"
-    lead, cut = y.shape[:-1], mask is not None or self.chunk_size is not None or y.ndim > 2
+    "Where a batch is cut: which arguments have a row for each sample; the others have 1 row"
+    if mask is None and self.chunk_size is None and y.ndim == 2: return None
+    lead, moved = y.shape[:-1], [y.detach().roll(1, 0)]
     own = [isinstance(a, Tensor) and a.ndim > 0 and a.shape[:len(lead)] == lead for a in args]
-    for i, a in enumerate(args if cut else ()):
-        if not isinstance(a, Tensor) or not a.ndim: continue
-        if not own[i] and len(a) > 1: raise ValueError(
-            f"args[{i}]: expected one row per sample, first dimensions {tuple(lead)}, where a batch "
-            f"is cut (chunk_size, mask, leading dimensions), got shape {tuple(a.shape)}; what all "
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and a.ndim and len(a) > 1 and not own[i]: raise ValueError(
+            f"args[{i}]: expected one row per sample, first dimensions {tuple(lead)}, where a "
+            f"batch is cut (chunk_size, mask, leading dimensions), got shape {tuple(a.shape)}; what all "
             "samples share has 1 as its first dimension, or belongs into the loss")
-        if own[i] and not self.checked and mask is None and a.shape == y.shape[-1:]:
-            moved = [a.roll(1, 0) if o else a for a, o in zip(args, own)]
-            there, back = sample_losses(self.loss_fn, y.roll(1, 0), *moved), self.loss_fn(y, *args)
-            if not torch.allclose(there, back.roll(1), 1e-3, 1e-6, True): raise ValueError(
-                f"args[{i}]: expected one number per sample where a batch is cut (chunk_size), got "
-                f"{len(a)} that all samples share; give them the shape (1, {len(a)})")
+        moved.append(a.roll(1, 0) if own[i] else a)
+    like = [i for i, a in enumerate(args) if own[i] and a.shape == y.shape[-1:]]
+    if like and y.ndim == 2 and mask is None and not self.checked:
+        here, there = self.loss_fn(y.detach(), *args).roll(1), self.loss_fn(*moved)
+        if not torch.allclose(here, there, 1e-3, 1e-6, True): raise ValueError(
+            f"args[{like[0]}]: expected one number per sample where a batch is cut, got "
+            f"{y.shape[-1]} that all samples share; give them the shape (1, {y.shape[-1]})")
     return own
 
 # %% ../../nbs/core/04_newton.ipynb #8f06f6b7
 @patch
 def _plain(self:OutputLoss, y, mask, args):
     "The mean of the losses themselves"
-    lead, group = y.shape[:-1], Group(self.group)
-    self._of_samples(y, mask, args)
+    lead, group, own = y.shape[:-1], Group(self.group), self._of_samples(y, mask, args)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-    flat, _, more = _flat(y, mask, args)
+    x, among, *more = _flat(len(lead), y, real, *args)
     with full_precision(y):
-        if mask is None and len(flat): loss = sample_losses(self.loss_fn, flat, *more).view(lead)
-        else: loss = padded_losses(self.loss_fn, flat, real.view(flat.shape), *more).view(lead)
-    b = Batch(loss, torch.zeros_like(y), None, None)
-    if self.on_nonfinite == "raise": _explain(b.G, b, None, y.where(real, 0))
-    fine = loss.isfinite().unsqueeze(-1) & (y.isfinite() | ~real).all(-1, keepdim=True)
-    b = b._replace(weight=(fine & real).to(loss))
-    return _mean(b, group.add(b.n)/group.size if loss.requires_grad else b.n)
+        if mask is None and len(x): loss = sample_losses(self.loss_fn, x, *more).view(lead)
+        else: loss = padded_losses(self.loss_fn, x, among, *more).view(lead)
+    fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
+    b = Batch(loss, y, None, real & (fine | (self.on_nonfinite == "raise")).unsqueeze(-1))
+    if self.on_nonfinite == "raise": _explain(loss, b._replace(G=loss), None, y)
+    return _mean(loss, b.taken, group.add(b.n)/group.size if loss.requires_grad else b.n)
 
-def _mean(b, n):
-    "Mean loss of the samples that take part; zero if there are none"
-    if b.weight is None: return b.loss.mean(-1)
-    return (b.loss.where(b.taken, 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
+def _mean(loss, taken, n):
+    "Mean of the losses that take part; zero if there are none"
+    if taken is None: return loss.mean(-1)
+    return (loss.where(taken, 0).sum(-1)/n.where(n > 0, 1)).to(loss)
 
 @patch
 def _plain_to_learn(self:OutputLoss, y, mask, args):
     "The mean loss with the graph of the loss's own parameters, if it has any"
-    if isinstance(self.loss_fn, nn.Module):
-        if not (self.loss_fn._parameters or self.loss_fn._modules): return None
-        self.learns = any(p.requires_grad for p in self.loss_fn.parameters())
-    elif not self.checked and not hasattr(self.loss_fn, "derivatives"):
+    f = self.loss_fn
+    if isinstance(f, nn.Module): self.learns = bool(f._parameters or f._modules) and any(
+        p.requires_grad for p in f.parameters())
+    elif not self.checked and not hasattr(f, "derivatives"):
         self.learns = self._plain(y, mask, args).requires_grad
     return self._plain(y, mask, args) if self.learns else None
 
@@ -479,12 +480,12 @@ def _plain_to_learn(self:OutputLoss, y, mask, args):
 @patch
 def _check_call(self:OutputLoss, y, mask, args):
     "Raise for arguments of the wrong kind"
-    empty = isinstance(y, Tensor) and y.ndim > 1 and not y.shape[-2]
-    check_outputs(y.new_zeros(1, y.shape[-1]) if empty and Group(self.group).size > 1 else y)
+    some = isinstance(y, Tensor) and y.ndim > 1 and not y.shape[-2] and Group(self.group).size > 1
+    check_outputs(y.new_zeros(1, y.shape[-1]) if some else y)
     if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool
                                  and mask.shape == y.shape and mask.device == y.device):
-        raise ValueError("mask: expected a bool tensor with the shape and device of y, True where an "
-                         f"output is real, {tuple(y.shape)} on {y.device}, got {describe(mask)}")
+        raise ValueError(f"mask: expected a bool tensor like y, {tuple(y.shape)} on {y.device}, "
+                         f"True where an output is real, got {describe(mask)}")
     for i, a in enumerate(args):
         if not isinstance(a, Tensor): continue
         if a.device != y.device and a.ndim: raise ValueError(
@@ -494,8 +495,8 @@ def _check_call(self:OutputLoss, y, mask, args):
             "to y only; detach it")
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: raise _no_forward_mode()
     if self.on_nonfinite == "raise" and y.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("on_nonfinite: expected 'skip' or 'gradient' in a CUDA graph, got 'raise', "
-                           "which reads numbers")
+        raise RuntimeError("on_nonfinite: expected 'skip' or 'gradient' in a CUDA graph, got "
+                           "'raise', which reads numbers")
 
 # %% ../../nbs/core/04_newton.ipynb #d07e7c75
 @patch
@@ -505,17 +506,16 @@ def accumulated(
     batches:Iterable,  # Tuples `(y, *args)`, one for each micro-batch
 ):
     "Within this context all calls share the evidence of these micro-batches"
-    group = Group(self.group)
+    if isinstance(self.direction, PerSample): raise ValueError(
+        f"accumulated: expected a direction that shares its curvature, got {self.direction!r}")
     def add():
         parts = [self._observe(y, None, args)[1] for y, *args in batches]
         if not parts: raise ValueError("batches: expected at least one micro-batch, got none")
-        if isinstance(parts[0], Batch): raise ValueError(
-            "accumulated: expected a direction that shares its curvature, got PerSample")
         return functools.reduce(operator.add, parts)
+    group, memory = Group(self.group), self.direction.memory
     with torch.no_grad(): e = group.together(add).pooled(group)
-    if memory := getattr(self.direction, "memory", None):
-        e, past = memory(e)
-        if self.training: memory.keep(past)
+    if memory: e, past = memory(e)
+    if memory and self.training: memory.keep(past)
     self.shared = e
     try: yield self
     finally: self.shared = None
@@ -531,46 +531,33 @@ class NewtonLoss(OutputLoss):
         eigenvalues:str="raw",            # Negative ones of a Hessian: "raw", "abs" or "clip"
         chunk_size:int|None=None,         # Samples whose derivatives are computed at a time
         check:bool=True,                  # Check the loss's derivatives at the first call?
-        on_nonfinite:str="raise",         # What NaN, infinity or a singular C + λI does
-        group="auto",                     # Processes that share the batch
+        on_nonfinite:str="raise",         # What NaN does: "raise", "skip" it, plain "gradient"
+        group="auto",                     # Processes that share the batch: "auto", a group, or None
     ):
-        direction, named = curvature, isinstance(curvature, str)
-        if named: choice("curvature", curvature, ("fisher", "hessian"))
+        direction = curvature
+        if isinstance(curvature, str):
+            hessian = choice("curvature", curvature, ("fisher", "hessian")) == "hessian"
+            direction = Hessian(lam, eigenvalues) if hessian else Fisher(lam)
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
             f"curvature: expected no lam and eigenvalues beside {curvature!r}, which has its own")
-        if named: direction = Fisher(lam) if curvature == "fisher" else Hessian(lam, eigenvalues)
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.curvature = curvature
-        self.lam, self.eigenvalues = lam, choice("eigenvalues", eigenvalues, SPECTRA)
+        self.curvature, self.lam = curvature, lam
+        self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
 
 # %% ../../nbs/core/04_newton.ipynb #71ae0472
 class ClippedLoss(OutputLoss):
-    "An `OutputLoss` that clips each sample's gradient"
-    def __init__(
-        self,
-        loss_fn:Callable,  # Per-sample loss
-        max_norm:float=1., # Longest gradient of a sample
-        **kwargs,          # Options of `OutputLoss`
-    ):
+    "An `OutputLoss` with the direction `Clip(max_norm)`"
+    def __init__(self, loss_fn:Callable, max_norm:float=1., **kwargs):
         super().__init__(loss_fn, Clip(max_norm), **kwargs)
         self.max_norm = max_norm
 
 class NormalizedLoss(OutputLoss):
-    "An `OutputLoss` that normalises the batch of gradients to root mean square one"
-    def __init__(
-        self,
-        loss_fn:Callable,  # Per-sample loss
-        **kwargs,          # Options of `OutputLoss`
-    ): super().__init__(loss_fn, Normalize(), **kwargs)
+    "An `OutputLoss` with the direction `Normalize()`"
+    def __init__(self, loss_fn:Callable, **kwargs): super().__init__(loss_fn, Normalize(), **kwargs)
 
 class ScalarStepLoss(OutputLoss):
-    "An `OutputLoss` with the Newton step of a scalar curvature"
-    def __init__(
-        self,
-        loss_fn:Callable,              # Per-sample loss
-        lam:float|str|Callable="auto", # Damping λ: a number, "auto", or a function
-        **kwargs,                      # Options of `OutputLoss`
-    ):
+    "An `OutputLoss` with the direction `Scalar(lam)`"
+    def __init__(self, loss_fn:Callable, lam:float|str|Callable="auto", **kwargs):
         super().__init__(loss_fn, Scalar(lam), **kwargs)
         self.lam = lam
 
@@ -611,17 +598,18 @@ class _Inject(torch.autograd.Function):
         (y,), (loss, reduction, scale) = ctx.saved_tensors, ctx.settings
         s, mean = _scale(scale() if callable(scale) else scale), reduction == "mean"
         G = g.detach().to(torch.promote_types(g.dtype, torch.float32))/s*(len(g) if mean else 1)
-        _, D, n = loss._step(torch.zeros_like(G), None, (G,))
-        D = (D*s/(max(float(n), 1e-300) if mean else 1)).to(g.dtype)
-        return _OnceOnly.apply(D, y) if torch.is_grad_enabled() else D, None, None, None
+        _, D, _, n = loss._step(torch.zeros_like(G), None, (G,))
+        D = (D*s/(n if mean else 1)).nan_to_num(0).to(g.dtype)
+        if torch.is_grad_enabled(): D = _OnceOnly.apply(D, y)
+        return D, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents): raise _no_forward_mode()
 
     @staticmethod
     def vmap(info, in_dims, *inputs): raise RuntimeError(
-        "inject_fisher cannot run under torch.func.vmap, since it sees each network's batch only in "
-        "the backward pass; use NewtonLoss there")
+        "inject_fisher cannot run under torch.func.vmap, since it sees each network's batch only "
+        "in the backward pass; use NewtonLoss there")
 
 def _scale(x): return math.copysign(number("scale", abs(x), 1e-300), x)
 
@@ -631,7 +619,7 @@ def inject_fisher(
     y:Float[Tensor, "N m"],        # Network outputs
     lam:float|str|Callable="auto", # Damping λ: a number, "auto", or a function
     reduction:str="mean",          # How the loss that follows reduces over samples: "mean" or "sum"
-    scale:float|Float[Tensor, ""]|Callable=1., # Factor on it before `backward`, or a function for it
+    scale:float|Tensor|Callable=1., # Factor on it before `backward`, or a function that gives it
     on_nonfinite:str="raise",      # Gradients with NaN or infinity: "raise", "skip" or "gradient"
     group="auto",                  # Processes that share the batch: "auto", a group, or None
 ) -> Float[Tensor, "N m"]:         # `y`, unchanged
