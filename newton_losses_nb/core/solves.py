@@ -16,19 +16,14 @@ from torch import Tensor
 
 from .evidence import Evidence
 
-# %% ../../nbs/core/03_solves.ipynb #a7571381
-def number(
-    name:str,             # Name of the setting
-    x,                    # What was given: a number of Python or numpy, or a tensor with one
-    low:float=0.,         # Smallest value
-    high:float=torch.inf, # Largest value, excluded
-) -> float:               # The number
-    "A setting as a number, or an error that names it"
+# %% ../../nbs/core/03_solves.ipynb #d7c8189a
+def number(name:str, x, low:float=0., high:float=torch.inf, whole:bool=False) -> float|int:
+    "A setting as a number in [low, high), or an error that names it"
     kind = str(getattr(x, "dtype", type(x).__name__))
     known = isinstance(x, Real) or getattr(x, "ndim", None) == 0
     value = float(x) if known and "bool" not in kind else torch.nan
-    if low <= value < high: return value
-    raise ValueError(f"{name}: expected a finite number, at least {low:g}"
+    if low <= value < high and not (whole and value % 1): return int(value) if whole else value
+    raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, at least {low:g}"
                      f"{f' and below {high:g}' if high < torch.inf else ''}, got {x!r}")
 
 def choice(name:str, x, choices) -> str:
@@ -38,23 +33,19 @@ def choice(name:str, x, choices) -> str:
 
 # %% ../../nbs/core/03_solves.ipynb #d9936857
 def auto_damping(
-    square:Float[Tensor, "*b"],                 # Mean squared gradient of an output
+    square:Float[Tensor, "*b"],                  # Mean squared gradient of an output
     eigenvalues:Float[Tensor, "*b m"]|None=None, # Spectrum of the curvature; None: a Fisher
-    relative:float=0.1,                         # Fraction c of the mean size of the eigenvalues
-    radius:float=10.,                           # Bound r on the root-mean-square entry of the step
-) -> Float[Tensor, "*b"]:                       # Damping λ
+    relative:float=0.1,                          # Fraction c of the mean size of the eigenvalues
+    radius:float=10.,                            # Bound r on the root-mean-square entry of the step
+) -> Float[Tensor, "*b"]:                        # Damping λ
     "Damping from the curvature's own scale, with a bounded step"
     if eigenvalues is None: return (relative*square).clamp_min(1/(4*radius**2))
     lift = (-eigenvalues.amin(-1)).clamp_min(0)
     size = torch.maximum(relative*eigenvalues.abs().mean(-1), square.sqrt()/radius)
     return lift + size.clamp_min(torch.finfo(square.dtype).tiny)
 
-def damping(
-    lam:float|str|Callable,  # A number, "auto", or a function of (mean square, eigenvalues)
-    e:Evidence,              # What λ may depend on
-    eigenvalues:Float[Tensor, "*b m"]|None=None, # Spectrum of the curvature; None: a Fisher
-) -> Float[Tensor, "*b"]:    # Damping λ; NaN where a function returned no such number
-    "The number behind `lam`"
+def damping(lam, e:Evidence, eigenvalues:Float[Tensor, "*b m"]|None=None) -> Float[Tensor, "*b"]:
+    "The number behind `lam`; NaN where a function gave a tensor that is no such number"
     square = e.mean_square
     if isinstance(lam, str): return auto_damping(square, eigenvalues)
     found = lam(square, eigenvalues) if callable(lam) else lam
@@ -66,13 +57,11 @@ def damping(
 SPECTRA = { # What to do with negative eigenvalues
     "raw": lambda e: e, "abs": torch.abs, "clip": lambda e: e.clamp_min(0)}
 
-def spectrum(
-    C:Float[Tensor, "*b m m"],  # Symmetric curvature
-    eigenvalues:str="raw",      # Negative ones: "raw" keeps, "abs" flips, "clip" zeroes them
-) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b m m"]]:
-    "Eigenvalues and eigenvectors; of a matrix that is not finite, eigenvalues NaN"
-    e, V = torch.linalg.eigh((C/2 + C.mT/2).nan_to_num(0, 0, 0))
-    return SPECTRA[eigenvalues](e) + (0*C).sum((-2, -1)).unsqueeze(-1), V
+def spectrum(C:Float[Tensor, "*b m m"], eigenvalues:str="raw") -> tuple[Tensor, Tensor]:
+    "Eigenvalues `(*b, m)` and eigenvectors; of a matrix that is not finite, eigenvalues NaN"
+    spoiled = (0*C).sum((-2, -1)).unsqueeze(-1)
+    e, V = torch.linalg.eigh(((C + C.mT)/2).nan_to_num(0, 0, 0))
+    return SPECTRA[eigenvalues](e) + spoiled, V
 
 def spectral_step(
     G:Float[Tensor, "*b N m"],  # Gradients of the samples' own losses
@@ -87,35 +76,25 @@ def spectral_step(
     scale, noise = e + lam, G.shape[-1]*eps*e.abs().amax(-1, keepdim=True)
     scale = scale.masked_fill(scale.abs() <= (noise if signed else noise*(lam == 0)), torch.nan)
     inside = G @ V
-    D = (inside/scale.pow(power).unsqueeze(-2)) @ V.mT
+    D = (inside/(scale if power == 1 else scale**power).unsqueeze(-2)) @ V.mT
     if V.shape[-1] == V.shape[-2]: return D
     rest, size = G - inside @ V.mT, torch.linalg.vector_norm(G, dim=-1, keepdim=True)
     seen = torch.linalg.vector_norm(rest, dim=-1, keepdim=True) > 10*G.shape[-1]*eps*size
     return D + rest.where(seen, 0)/lam.pow(power).unsqueeze(-2)
 
-# %% ../../nbs/core/03_solves.ipynb #97e884d6
-def gram_step(
-    e:Evidence,                 # Its rows make the Fisher F
-    G:Float[Tensor, "*b N m"],  # Gradients of the samples' own losses
-    lam:Float[Tensor, "*b"],    # Damping λ, at least some 1e-6 of the trace of F
-) -> Float[Tensor, "*b N m"]:   # Rows (F + λI)⁻¹G_i
-    "Directions from a Cholesky factor of F + λI, or of the smaller matrix of products of rows"
-    A = e.mean
+# %% ../../nbs/core/03_solves.ipynb #b670f35d
+def gram_step(A:Float[Tensor, "*b M m"], G:Float[Tensor, "*b N m"], lam, own=False) -> Tensor:
+    "Rows (AᵀA + λI)⁻¹G_i by a Cholesky factor, for λ that is no tiny part of A; `own`: A is of G"
     wide = A.shape[-2] < A.shape[-1]
     K = A @ A.mT if wide else A.mT @ A
     K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(K).L)
-    if not wide: return G @ inverse
-    if e.rows is G: return inverse @ G
+    if not wide or own: return inverse @ G if wide else G @ inverse
     return (G - (G @ A.mT) @ inverse @ A)/lam[..., None, None]
 
-# %% ../../nbs/core/03_solves.ipynb #a6b0422e
-def row_step(
-    e:Evidence,                 # Its rows make the Fisher F
-    G:Float[Tensor, "*b N m"],  # Gradients of the samples' own losses
-    lam:Float[Tensor, "*b"],    # Damping λ
-) -> Float[Tensor, "*b N m"]:   # Rows (F + λI)⁻¹G_i; NaN where F + λI is singular
-    "Directions without a product of two gradients, for rows of any size (QR of [A; √λI])"
+# %% ../../nbs/core/03_solves.ipynb #0a067609
+def row_step(e:Evidence, G:Float[Tensor, "*b N m"], lam:Tensor) -> Float[Tensor, "*b N m"]:
+    "Rows (F + λI)⁻¹G_i by a QR of [A; √λI], for rows of any size; NaN where F + λI is singular"
     A, root = e.mean, lam.sqrt()[..., None, None]
     wide = A.shape[-2] < A.shape[-1]
     tall = A.mT if wide else A
@@ -123,12 +102,11 @@ def row_step(
     long = torch.linalg.vector_norm(tall, dim=-1, keepdim=True) > root
     W = Q.where(long, torch.linalg.solve_triangular(R, tall, upper=True, left=False))
     D = torch.linalg.solve_triangular(R.mT, W, upper=False, left=False)
-    size = R.diagonal(dim1=-2, dim2=-1).abs()
-    flat = size.amin(-1) <= R.shape[-1]*torch.finfo(R.dtype).eps*size.amax(-1)
-    singular = (lam == 0) & (flat | wide)
     D = (D.mT if wide else D)*e.count[..., :1, None].clamp_min(1).sqrt()
     if e.rows is not G: D = _own_rows(e, G, D, lam)
-    return D.masked_fill(singular[..., None, None], torch.nan)
+    size = R.diagonal(dim1=-2, dim2=-1).abs()
+    flat = size.amin(-1) <= R.shape[-1]*torch.finfo(R.dtype).eps*size.amax(-1)
+    return D.masked_fill(((lam == 0) & (flat | wide))[..., None, None], torch.nan)
 
 def _sorted_qr(tall, root):
     "Factors of [tall; root·I], the longest rows first; of Q the rows of `tall`, in their own order"
@@ -137,40 +115,29 @@ def _sorted_qr(tall, root):
     rows = torch.cat([tall, root*eye], -2)
     order = rows.abs().amax(-1).argsort(-1, descending=True)
     Q, R = torch.linalg.qr(rows.gather(-2, order.unsqueeze(-1).expand_as(rows)))
-    place = order.argsort(-1)[..., :tall.shape[-2], None]
-    return Q.gather(-2, place.expand_as(tall)), R
+    return Q.gather(-2, order.argsort(-1)[..., :tall.shape[-2], None].expand_as(tall)), R
 
 def _own_rows(e, G, D, lam):
-    "Of the directions `D` of all rows those of `G`; for gradients that are no rows, from a spectrum"
-    N, rows = G.shape[-2], e.rows
-    if N == 0: return G
-    row = lambda X, i: X.gather(-2, i.unsqueeze(-1).expand(*i.shape, X.shape[-1]))
+    "Of the directions `D` of all rows those of `G`; for what is no row, from a spectrum"
+    rows, take = e.rows, lambda X, i: X.gather(-2, i.unsqueeze(-1).expand(*i.shape, X.shape[-1]))
     longest = G.abs().amax(-1).argmax(-1, keepdim=True)
-    first = (rows == row(G, longest)).all(-1).int().argmax(-1, keepdim=True) - longest
-    at = (first + torch.arange(N, device=G.device)).clamp(0, rows.shape[-2] - 1)
+    first = (rows == take(G, longest)).all(-1).int().argmax(-1, keepdim=True) - longest
+    at = (first + torch.arange(G.shape[-2], device=G.device)).clamp(0, rows.shape[-2] - 1)
     even = (e.count == e.count[..., :1]).all(-1)[..., None, None]
-    own = (row(rows, at) == G).all(-1, keepdim=True) & even
     _, s, Vh = torch.linalg.svd(e.mean, full_matrices=False)
-    return row(D, at).where(own, spectral_step(G, s.square(), Vh.mT, lam))
+    own = (take(rows, at) == G).all(-1, keepdim=True) & even
+    return take(D, at).where(own, spectral_step(G, s.square(), Vh.mT, lam))
 
-# %% ../../nbs/core/03_solves.ipynb #9a3ecbc6
-def diagonal_step(
-    G:Float[Tensor, "*b N m"],  # Gradients of the samples' own losses
-    c:Float[Tensor, "*b m"],    # Diagonal of the curvature
-    lam:Float[Tensor, "*b"],    # Damping λ
-    signed:bool=False,          # May it be negative?
-) -> Float[Tensor, "*b N m"]:   # Rows G_i/(c + λ); NaN where c + λ is zero
-    "Directions from a diagonal"
+# %% ../../nbs/core/03_solves.ipynb #4897662f
+def diagonal_step(G:Float[Tensor, "*b N m"], c:Float[Tensor, "*b m"], lam, signed=False) -> Tensor:
+    "Rows G_i/(c + λ) for the diagonal c of the curvature; NaN where c + λ is zero"
     noise = torch.finfo(G.dtype).eps*c.abs().amax(-1, keepdim=True)
     scale, lam = c + lam.unsqueeze(-1), lam.unsqueeze(-1)
     flat = scale.abs() <= (noise if signed else noise*(lam == 0))
     return G/scale.masked_fill(flat, torch.nan).unsqueeze(-2)
 
-def random_signs(
-    k:int,                   # How many rows
-    like:Float[Tensor, "*b m"], # Its last dimension, type and device are taken
-) -> Float[Tensor, "k m"]:   # Entries −1 and 1, always the same
-    "Signs that look random; a sample's place in the batch has no part in them"
+def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
+    "k rows of −1 and 1, always the same; a sample's place in the batch has no part in them"
     bits = torch.arange(k*like.shape[-1], device=like.device).view(k, -1)
     for _ in range(3): bits = (bits*0x9E3779B1 + 0x7F4A7C15) ^ (bits >> 15)
     return ((bits >> 13) % 2*2 - 1).to(like)
