@@ -76,7 +76,11 @@ class Evidence(NamedTuple):
 
     def pooled(self, group:"Group") -> "Evidence":
         "The sum over processes"
-        return self if group.size == 1 else self.map(group.add, lambda x: group.cat(x)[0])
+        if group.size == 1: return self
+        widths = [0] if self.square is None else group.gather(self.square.shape[-1], self.square.device)
+        if len(set(widths)) > 1: raise ValueError(
+            f"y: expected equally many outputs in all processes, got {widths}")
+        return self.map(group.add, lambda x: group.cat(x)[0])
 
     def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
         "Of one batch, some outputs"
@@ -121,18 +125,19 @@ class Group:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def gather(self, size:int, device="cpu") -> list[int]:
+        "What the processes give, in their order"
+        sizes = torch.zeros(self.size, dtype=torch.long, device=device)
+        sizes[dist.get_rank(self.group)] = size
+        return self.add(sizes).tolist()
+
     def cat(self, rows:Float[Tensor, "*b N m"]) -> tuple[Float[Tensor, "*b M m"], int]:
         "Rows of all processes, filled up with zeros, and where those of this process begin"
-        rank = dist.get_rank(self.group)
-        shapes = torch.zeros(self.size, 2, dtype=torch.long, device=rows.device)
-        shapes[rank] = torch.as_tensor(rows.shape[-2:], device=rows.device)
-        counts, widths = zip(*self.add(shapes).tolist())
-        if len(set(widths)) > 1: raise ValueError(
-            f"y: expected equally many outputs in all processes, got {list(widths)}")
+        counts = self.gather(rows.shape[-2], rows.device)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2])).contiguous()
         parts = [torch.empty_like(rows) for _ in counts]
         dist.all_gather(parts, rows, group=self.group)
-        return torch.cat(parts, -2), max(counts)*rank
+        return torch.cat(parts, -2), max(counts)*dist.get_rank(self.group)
 
     def together(self, work:Callable, device="cpu") -> Any:
         "What `work()` returns; if it fails in one process, all raise"
