@@ -90,7 +90,7 @@ class Evidence(NamedTuple):
     @property
     def mean(self) -> Float[Tensor, "..."]:
         "Mean curvature, each entry over the samples that have it; of rows, those of its root"
-        n = self.count.clamp_min(1)
+        n = self.count.where(self.count > 0, 1)
         if self.total is not None and self.total.ndim == n.ndim: return self.total/n
         n = n.sqrt().unsqueeze(-2)
         return self.rows/n if self.total is None else self.total/n/n.mT
@@ -98,7 +98,8 @@ class Evidence(NamedTuple):
     @property
     def mean_square(self) -> Float[Tensor, "*b"]:
         "Mean over outputs of the mean squared gradient"
-        return (self.square/self.count.clamp_min(1)).sum(-1)/(self.count > 0).sum(-1).clamp_min(1)
+        used = self.count > 0
+        return (self.square/self.count.where(used, 1)).sum(-1)/used.sum(-1).clamp_min(1)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
@@ -147,7 +148,7 @@ class Group:
         except Exception as e: error = e
         kinds = [isinstance(error, k) for k in (NonFiniteError, SingularError, Exception)]
         nonfinite, singular, failed = self.add(torch.as_tensor(kinds, device=device).int()).tolist()
-        if error is not None: raise error
+        if error is not None and not (nonfinite and isinstance(error, SingularError)): raise error
         if nonfinite: raise NonFiniteError("y: expected finite outputs, losses and derivatives in "
                                            "all processes, got others in another process")
         if singular: raise SingularError("lam: C + λI is singular in another process")

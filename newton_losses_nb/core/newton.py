@@ -25,9 +25,9 @@ from newton_losses_nb.core.derivatives import (
     NonFiniteError, check_outputs, derivatives, describe, full_precision, padded_derivatives,
     padded_losses, sample_losses)
 from .evidence import Batch, Evidence, Group, SingularError
-from newton_losses_nb.core.solves import (
-    SPECTRA, choice, damping, diagonal_step, gram_step, number, random_signs, row_step,
-    spectral_step, spectrum)
+from .solves import (
+    SPECTRA, choice, damping, diagonal_step, gram_step, number, random_signs, row_spectrum,
+    row_step, spectral_step, spectrum)
 
 # %% ../../nbs/core/04_newton.ipynb #01d46a3a
 def one_line(self) -> str:
@@ -93,8 +93,7 @@ class Fisher(Damped):
     def solve(self, e, G, lam):
         if self.power == 1 and self.lam == "auto": return gram_step(e.mean, G, lam, e.rows is G)
         if self.power == 1: return row_step(e, G, lam)
-        _, s, Vh = torch.linalg.svd(e.mean.nan_to_num(0, 0, 0), full_matrices=False)
-        return spectral_step(G, s.square(), Vh.mT, lam, self.power)
+        return spectral_step(G, *row_spectrum(e.mean), lam, self.power)
 
     def forward(self, e, G, mask=None):
         if mask is None: return self.solve(e, G, damping(self.lam, e))
@@ -225,7 +224,7 @@ class Normalize(Direction):
 class Scalar(Damped):
     "Newton step for a Fisher that is the same in all directions orthogonal to the vector of ones"
     def forward(self, e, G, mask=None):
-        n = e.samples.clamp_min(1)
+        n = e.samples.where(e.samples > 0, 1)
         others = e.count.sum(-1)/n - 1
         c = e.square.sum(-1)/n/others.where(others > 0, 1) + damping(self.lam, e)
         return G/c[..., None, None]
@@ -265,9 +264,10 @@ class OutputLoss(nn.Module):
         functional = torch._C._are_functorch_transforms_active()
         wanted = functional or getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not wanted: return self._plain(y, mask, args)
-        own = None if functional else self._plain_to_learn(y.detach(), mask, args)
+        first = not self.checked
         base = _Send if functional else super(torch.autograd.Function, _Send)
         value = base.apply(y, self, mask, *args)[0]
+        own = None if functional else self._plain_to_learn(y.detach(), mask, args, first)
         return value if own is None else value + (own - own.detach())
 
     def directions(
@@ -477,12 +477,12 @@ def _mean(loss, taken, n):
     return (loss.where(taken, 0).sum(-1)/n.where(n > 0, 1)).to(loss)
 
 @patch
-def _plain_to_learn(self:OutputLoss, y, mask, args):
+def _plain_to_learn(self:OutputLoss, y, mask, args, first):
     "The mean loss with the graph of the loss's own parameters, if it has any"
     f = self.loss_fn
     if isinstance(f, nn.Module): self.learns = bool(f._parameters or f._modules) and any(
         p.requires_grad for p in f.parameters())
-    elif not self.checked and not hasattr(f, "derivatives"):
+    elif first and not hasattr(f, "derivatives"):
         self.learns = self._plain(y, mask, args).requires_grad
     return self._plain(y, mask, args) if self.learns else None
 
@@ -597,7 +597,11 @@ def newton_target(
 class _Inject(torch.autograd.Function):
     "Identity forward; backward, gradients become directions"
     @staticmethod
-    def forward(y, loss, reduction, scale): return y.view_as(y)
+    def forward(y, loss, reduction, scale):
+        group = Group(loss.group if y.requires_grad else None)
+        if loss.on_nonfinite == "raise":
+            group.together(partial(_explain, y, Batch(y, y, None), None, y), y.device)
+        return y.view_as(y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
