@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .derivatives import BUDGET
 from .evidence import Batch, Evidence, Group
-from .newton import Scalar
+from .newton import Damped
 from .solves import damping, number, random_signs
 
 # %% ../../nbs/core/06_large.ipynb #802ef610
@@ -70,8 +70,8 @@ class Products(NamedTuple):
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root
 
-# %% ../../nbs/core/06_large.ipynb #4f88593b
-class Krylov(Scalar):
+# %% ../../nbs/core/06_large.ipynb #236cbcd5
+class Krylov(Damped):
     "Newton step for the mean Hessian by conjugate gradients, for very many outputs"
     second = "products"
     def __init__(
@@ -81,7 +81,8 @@ class Krylov(Scalar):
         max_iter:int=100,              # Most products with the Hessian
     ):
         super().__init__(lam)
-        self.tol, self.max_iter = number("tol", tol, 0, 1), int(number("max_iter", max_iter, 1))
+        self.tol = number("tol", tol, 0, 1)
+        self.max_iter = number("max_iter", max_iter, 1, whole=True)
         self.last = None
 
     def observe(self, b):
@@ -98,12 +99,13 @@ class Krylov(Scalar):
             both, start = group.cat(torch.cat([G, real], -1))
             G, real = both.chunk(2, -1)
         signs = random_signs(8, G).expand(*G.shape[:-2], -1, -1)
-        bounded = not isinstance(self.lam, float)
-        size = e.mean(signs).square().mean((-2, -1)).sqrt().unsqueeze(-1) if bounded else None
+        size = None
+        if not isinstance(self.lam, float):
+            size = e.mean(signs).square().mean((-2, -1)).sqrt().unsqueeze(-1)
         lam = damping(self.lam, e.sums, size).unsqueeze(-1).expand(G.shape[:-1])
         found = conjugate_gradient(lambda V: real*e.mean(real*V), G, lam, self.tol, self.max_iter)
         self.last, D = found._replace(x=None), found.x
-        if bounded:
+        if self.lam == "auto":
             length = torch.linalg.vector_norm(G, dim=-1)/lam/torch.linalg.vector_norm(D, dim=-1)
             D = D*length.nan_to_num(1).clamp_max(1).unsqueeze(-1)
         return D.narrow(-2, start, N)

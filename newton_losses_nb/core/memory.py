@@ -54,7 +54,7 @@ class Window(Memory):
         length:int,  # Number of batches, the present one included
     ):
         super().__init__()
-        self.length = int(number("length", length, 1))
+        self.length = number("length", length, 1, whole=True)
 
     def forward(self, e):
         "The present evidence with that of the batches before it, and what to keep"
@@ -98,6 +98,10 @@ class Remembering(Direction):
             raise TypeError(f"memory: expected a Window or a MovingAverage, got {memory!r}")
         self.direction, self.second = direction, direction.second
         self.__dict__["memory"] = self._modules["memory"] = memory
+
+    def reset(self):
+        "Forget everything"
+        self.memory.reset()
 
     def observe(self, b): return self.direction.observe(b)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from .evidence import Evidence
 
 # %% ../../nbs/core/03_solves.ipynb #d7c8189a
-def number(name:str, x, low:float=0., high:float=torch.inf) -> float:
+def number(name:str, x, low:float=0., high:float=torch.inf, whole:bool=False) -> float|int:
     "A setting as a number in [low, high), or an error that names it"
     kind = str(getattr(x, "dtype", type(x).__name__))
     known = isinstance(x, Real) or getattr(x, "ndim", None) == 0
     value = float(x) if known and "bool" not in kind else torch.nan
-    if low <= value < high: return value
-    raise ValueError(f"{name}: expected a finite number, at least {low:g}"
+    if low <= value < high and not (whole and value % 1): return int(value) if whole else value
+    raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, at least {low:g}"
                      f"{f' and below {high:g}' if high < torch.inf else ''}, got {x!r}")
 
 def choice(name:str, x, choices) -> str:
