@@ -28,7 +28,7 @@ def check_outputs(y:Tensor):
     "Raise unless `y` is a floating-point tensor of samples and outputs"
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise TypeError(f"y: expected a floating-point tensor, got {describe(y)}")
-    if y.ndim < 2 or 0 in y.shape: raise ValueError(
+    if y.ndim < 2 or not y.shape[-1]: raise ValueError(
         f"y: expected shape (N, m), N samples of m outputs, got {tuple(y.shape)}"
         + "; use y[:, None] for one output"*(y.ndim == 1))
 

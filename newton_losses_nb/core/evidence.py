@@ -76,7 +76,11 @@ class Evidence(NamedTuple):
 
     def pooled(self, group:"Group") -> "Evidence":
         "The sum over processes"
-        return self if group.size == 1 else self.map(group.add, lambda x: group.cat(x)[0])
+        if group.size == 1: return self
+        widths = [0] if self.square is None else group.gather(self.square.shape[-1], self.square.device)
+        if len(set(widths)) > 1: raise ValueError(
+            f"y: expected equally many outputs in all processes, got {widths}")
+        return self.map(group.add, lambda x: group.cat(x)[0])
 
     def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
         "Of one batch, some outputs"
@@ -86,7 +90,7 @@ class Evidence(NamedTuple):
     @property
     def mean(self) -> Float[Tensor, "..."]:
         "Mean curvature, each entry over the samples that have it; of rows, those of its root"
-        n = self.count.clamp_min(1)
+        n = self.count.where(self.count > 0, 1)
         if self.total is not None and self.total.ndim == n.ndim: return self.total/n
         n = n.sqrt().unsqueeze(-2)
         return self.rows/n if self.total is None else self.total/n/n.mT
@@ -94,7 +98,8 @@ class Evidence(NamedTuple):
     @property
     def mean_square(self) -> Float[Tensor, "*b"]:
         "Mean over outputs of the mean squared gradient"
-        return (self.square/self.count.clamp_min(1)).sum(-1)/(self.count > 0).sum(-1).clamp_min(1)
+        used = self.count > 0
+        return (self.square/self.count.where(used, 1)).sum(-1)/used.sum(-1).clamp_min(1)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
@@ -121,18 +126,19 @@ class Group:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def gather(self, size:int, device="cpu") -> list[int]:
+        "What the processes give, in their order"
+        sizes = torch.zeros(self.size, dtype=torch.long, device=device)
+        sizes[dist.get_rank(self.group)] = size
+        return self.add(sizes).tolist()
+
     def cat(self, rows:Float[Tensor, "*b N m"]) -> tuple[Float[Tensor, "*b M m"], int]:
         "Rows of all processes, filled up with zeros, and where those of this process begin"
-        rank = dist.get_rank(self.group)
-        shapes = torch.zeros(self.size, 2, dtype=torch.long, device=rows.device)
-        shapes[rank] = torch.as_tensor(rows.shape[-2:], device=rows.device)
-        counts, widths = zip(*self.add(shapes).tolist())
-        if len(set(widths)) > 1: raise ValueError(
-            f"y: expected equally many outputs in all processes, got {list(widths)}")
+        counts = self.gather(rows.shape[-2], rows.device)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2])).contiguous()
         parts = [torch.empty_like(rows) for _ in counts]
         dist.all_gather(parts, rows, group=self.group)
-        return torch.cat(parts, -2), max(counts)*rank
+        return torch.cat(parts, -2), max(counts)*dist.get_rank(self.group)
 
     def together(self, work:Callable, device="cpu") -> Any:
         "What `work()` returns; if it fails in one process, all raise"
@@ -142,7 +148,7 @@ class Group:
         except Exception as e: error = e
         kinds = [isinstance(error, k) for k in (NonFiniteError, SingularError, Exception)]
         nonfinite, singular, failed = self.add(torch.as_tensor(kinds, device=device).int()).tolist()
-        if error is not None: raise error
+        if error is not None and not (nonfinite and isinstance(error, SingularError)): raise error
         if nonfinite: raise NonFiniteError("y: expected finite outputs, losses and derivatives in "
                                            "all processes, got others in another process")
         if singular: raise SingularError("lam: C + λI is singular in another process")

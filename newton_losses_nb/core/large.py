@@ -66,7 +66,7 @@ class Products(NamedTuple):
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
         "Products with the mean Hessian, each entry a mean over the samples that have it"
-        root = self.sums.count.clamp_min(1).sqrt().unsqueeze(-2)
+        root = self.sums.count.where(self.sums.count > 0, 1).sqrt().unsqueeze(-2)
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root
 

@@ -25,9 +25,9 @@ from newton_losses_nb.core.derivatives import (
     NonFiniteError, check_outputs, derivatives, describe, full_precision, padded_derivatives,
     padded_losses, sample_losses)
 from .evidence import Batch, Evidence, Group, SingularError
-from newton_losses_nb.core.solves import (
-    SPECTRA, choice, damping, diagonal_step, gram_step, number, random_signs, row_step,
-    spectral_step, spectrum)
+from .solves import (
+    SPECTRA, choice, damping, diagonal_step, gram_step, number, random_signs, row_spectrum,
+    row_step, spectral_step, spectrum)
 
 # %% ../../nbs/core/04_newton.ipynb #01d46a3a
 def one_line(self) -> str:
@@ -93,8 +93,7 @@ class Fisher(Damped):
     def solve(self, e, G, lam):
         if self.power == 1 and self.lam == "auto": return gram_step(e.mean, G, lam, e.rows is G)
         if self.power == 1: return row_step(e, G, lam)
-        _, s, Vh = torch.linalg.svd(e.mean.nan_to_num(0, 0, 0), full_matrices=False)
-        return spectral_step(G, s.square(), Vh.mT, lam, self.power)
+        return spectral_step(G, *row_spectrum(e.mean), lam, self.power)
 
     def forward(self, e, G, mask=None):
         if mask is None: return self.solve(e, G, damping(self.lam, e))
@@ -225,7 +224,7 @@ class Normalize(Direction):
 class Scalar(Damped):
     "Newton step for a Fisher that is the same in all directions orthogonal to the vector of ones"
     def forward(self, e, G, mask=None):
-        n = e.samples.clamp_min(1)
+        n = e.samples.where(e.samples > 0, 1)
         others = e.count.sum(-1)/n - 1
         c = e.square.sum(-1)/n/others.where(others > 0, 1) + damping(self.lam, e)
         return G/c[..., None, None]
@@ -262,13 +261,13 @@ class OutputLoss(nn.Module):
         mask:Bool[Tensor, "*b N m"]|None=None, # True where an output is real; None: everywhere
     ) -> Float[Tensor, "*b"]:                  # The value to log and to call `backward` on
         "Mean loss; its gradient at `y` is the direction over N"
-        self._check_call(y, mask, args)
         functional = torch._C._are_functorch_transforms_active()
-        wanted = functional or y.requires_grad and torch.is_grad_enabled()
+        wanted = functional or getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not wanted: return self._plain(y, mask, args)
-        own = None if functional else self._plain_to_learn(y.detach(), mask, args)
+        first = not self.checked
         base = _Send if functional else super(torch.autograd.Function, _Send)
         value = base.apply(y, self, mask, *args)[0]
+        own = None if functional else self._plain_to_learn(y.detach(), mask, args, first)
         return value if own is None else value + (own - own.detach())
 
     def directions(
@@ -278,7 +277,6 @@ class OutputLoss(nn.Module):
         mask:Bool[Tensor, "*b N m"]|None=None, # True where an output is real; None: everywhere
     ) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N m"]]:
         "Losses and the directions to send back, zero for samples that take no part"
-        self._check_call(y, mask, args)
         with torch.no_grad(): return self._step(y, mask, args)[:2]
 
 # %% ../../nbs/core/04_newton.ipynb #fc11b1fc
@@ -286,7 +284,7 @@ class OutputLoss(nn.Module):
 def _step(self:OutputLoss, y, mask, args, remember=False):
     "Losses, directions, which samples take part (None: all), and how many for each process"
     group, memory = Group(self.group), None if self.shared else self.direction.memory
-    b, e = group.together(partial(self._observe, y, mask, args), y.device)
+    b, e = group.together(partial(self._observe, y, mask, args), getattr(y, "device", "cpu"))
     e = self.shared or e.pooled(group)
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
@@ -299,7 +297,8 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
 @patch
 def _directions(self:OutputLoss, e, b, mask, y):
     "What the direction sends back, or what `on_nonfinite` says where that is not finite"
-    D = self.direction(e, b.G, mask) if b.G.shape[-2] else b.G
+    joins = b.G.shape[-2] or self.direction.second == "products"  # all processes multiply together
+    D = self.direction(e, b.G, mask) if joins else b.G
     if b.weight is not None: D = D.where(b.weight > 0, 0)
     if self.on_nonfinite == "raise":
         if not math.isfinite((D.sum() + b.loss.sum()).item()): _explain(D, b, e, y)
@@ -323,6 +322,7 @@ def _explain(D, b, e, y):
 @patch
 def _observe(self:OutputLoss, y, mask, args):
     "The batch, and the sum of what its chunks say"
+    self._check_call(y, mask, args)
     (*lead, N, _), own = y.shape, self._of_samples(y, mask, args)
     size = max(1, (self.chunk_size or max(1, N))//math.prod(lead))
     with full_precision(y):
@@ -455,7 +455,9 @@ def _of_samples(self:OutputLoss, y, mask, args):
 @patch
 def _plain(self:OutputLoss, y, mask, args):
     "The mean of the losses themselves"
-    lead, group, own = y.shape[:-1], Group(self.group), self._of_samples(y, mask, args)
+    self._check_call(y, mask, args)
+    self._of_samples(y, mask, args)
+    lead, group = y.shape[:-1], Group(self.group)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
     x, among, *more = _flat(len(lead), y, real, *args)
     with full_precision(y):
@@ -475,12 +477,12 @@ def _mean(loss, taken, n):
     return (loss.where(taken, 0).sum(-1)/n.where(n > 0, 1)).to(loss)
 
 @patch
-def _plain_to_learn(self:OutputLoss, y, mask, args):
+def _plain_to_learn(self:OutputLoss, y, mask, args, first):
     "The mean loss with the graph of the loss's own parameters, if it has any"
     f = self.loss_fn
     if isinstance(f, nn.Module): self.learns = bool(f._parameters or f._modules) and any(
         p.requires_grad for p in f.parameters())
-    elif not self.checked and not hasattr(f, "derivatives"):
+    elif first and not hasattr(f, "derivatives"):
         self.learns = self._plain(y, mask, args).requires_grad
     return self._plain(y, mask, args) if self.learns else None
 
@@ -488,8 +490,7 @@ def _plain_to_learn(self:OutputLoss, y, mask, args):
 @patch
 def _check_call(self:OutputLoss, y, mask, args):
     "Raise for arguments of the wrong kind"
-    some = isinstance(y, Tensor) and y.ndim > 1 and not y.shape[-2] and Group(self.group).size > 1
-    check_outputs(y.new_zeros(1, y.shape[-1]) if some else y)
+    check_outputs(y)
     if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool
                                  and mask.shape == y.shape and mask.device == y.device):
         raise ValueError(f"mask: expected a bool tensor like y, {tuple(y.shape)} on {y.device}, "
@@ -596,7 +597,11 @@ def newton_target(
 class _Inject(torch.autograd.Function):
     "Identity forward; backward, gradients become directions"
     @staticmethod
-    def forward(y, loss, reduction, scale): return y.view_as(y)
+    def forward(y, loss, reduction, scale):
+        group = Group(loss.group if y.requires_grad else None)
+        if loss.on_nonfinite == "raise":
+            group.together(partial(_explain, y, Batch(y, y, None), None, y), y.device)
+        return y.view_as(y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
