@@ -5,7 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-TOGETHER = ("core/93_pooling", "tutorials/09_real_training", "lab/07_processes")
+TOGETHER = ("tutorials/09_real_training", "lab/07_processes")
 
 
 def pytest_collection_modifyitems(items):
@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         file = item.path.stem
         if file == "test_notebooks": group = "processes" if any(o in item.name for o in TOGETHER) else item.name
-        else: group = "processes" if file in ("test_processes", "test_distributed_loss", "test_frameworks") else file
+        else: group = "processes" if file in ("test_processes", "test_core_processes", "test_distributed_loss", "test_frameworks") else file
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -9,16 +9,15 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.testing import assert_close
 
-from newton_losses_nb.core.newton import ClippedLoss, NewtonLoss, NormalizedLoss, ScalarStepLoss, inject_fisher
-from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
+from newton_losses_nb import (
+    Clip, DiagonalFisher, Fisher, Hessian, Krylov, MovingAverage, Normalize, OutputLoss, PerSample, Remembering, Scalar, SortingLoss, Whiten, Window,
+    inject_fisher, true_permutation)
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch.distributed with gloo is not there")
 sort_loss = SortingLoss("neural_sort", "bce", tau=0.3)
-LOSSES = dict(fisher=NewtonLoss(sort_loss), hessian=NewtonLoss(sort_loss, "hessian"), cg=NewtonLoss(sort_loss, "hessian", lam=1., solver="cg"),
-              diagonal=NewtonLoss(sort_loss, solver="diagonal"), sample=NewtonLoss(sort_loss, average="sample"),
-              ema=NewtonLoss(sort_loss, ema=0.5), window=NewtonLoss(sort_loss, window=2),
-              clip=ClippedLoss(sort_loss, 0.1), rms=NormalizedLoss(sort_loss), scalar=ScalarStepLoss(sort_loss))
-LOSSES["inject"] = lambda y, P: sort_loss(inject_fisher(y), P).mean()
+DIRECTIONS = dict(fisher=Fisher(), whiten=Whiten(), hessian=Hessian(), krylov=Krylov(1.), diagonal=DiagonalFisher(), sample=PerSample(Fisher()),
+                  average=Remembering(Fisher(), MovingAverage(0.5)), window=Remembering(Fisher(), Window(2)), clip=Clip(0.1), rms=Normalize(), scalar=Scalar())
+LOSSES = {name: OutputLoss(sort_loss, d) for name, d in DIRECTIONS.items()} | dict(inject=lambda y, P: sort_loss(inject_fisher(y), P).mean())
 EVEN, UNEVEN = (8, 8), (11, 5)
 
 def make():
@@ -26,6 +25,9 @@ def make():
     net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1), nn.Flatten())
     x = torch.randn(16, 5, 6)
     return net, x, true_permutation(torch.rand(16, 5))
+
+def forget(loss):
+    if memory := getattr(getattr(loss, "direction", None), "memory", None): memory.reset()
 
 def full(net):
     "Gradients of all parameters, put together again where they are sharded"
@@ -58,7 +60,7 @@ def worker(rank, port, wrap, folder):
     for split in ((EVEN, UNEVEN) if wrap == "ddp" else (EVEN,)):
         part = slice(0, split[0]) if rank == 0 else slice(split[0], None)
         for name, loss in LOSSES.items():
-            if hasattr(loss, 'history') and loss.history is not None: loss.history.reset()
+            forget(loss)
             out[name, split] = two_steps(WRAPS[wrap], loss, x[part], P[part])
     if rank == 0: torch.save(out, f"{folder}/out.pt")
     dist.destroy_process_group()
@@ -80,7 +82,7 @@ def test_two_processes_are_one(found, name):
     _, x, P = make()
     for split in [s for n, s in found if n == name]:
         loss = LOSSES[name]
-        if hasattr(loss, 'history') and loss.history is not None: loss.history.reset()
+        forget(loss)
         net = make()[0]
         swap = torch.cat([torch.arange(split[0]).flip(0), split[0] + torch.arange(split[1]).flip(0)])
         for x_, P_, got in zip((x, x[swap]), (P, P[swap]), found[name, split]):

@@ -139,14 +139,18 @@ def _check_independent(loss, G, y):
 # %% ../../nbs/core/01_derivatives.ipynb #45f4a354
 def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
-    y, eps = y.detach(), torch.finfo(y.dtype).eps
     signs = torch.randint(2, y.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    v, h = (2*signs - 1).to(y)*(1 + y.abs()), eps**(1/3)
+    v = (2*signs - 1).to(y)*(1 + y.detach().abs())
     def gradient(x): return torch.autograd.grad(loss_fn(x.requires_grad_(), *args).sum(), x)[0]
-    def change(h): return (gradient(y + h*v) - gradient(y - h*v))/(2*h)
-    seen, once, twice = products(v[None])[0], change(h), change(2*h)
-    size, doubt = torch.maximum(seen.norm(dim=1), once.norm(dim=1)), (twice - once).norm(dim=1)
-    doubt = torch.maximum(doubt, doubt.nanmedian()) + 1e2*eps/h*G.norm(dim=1)
+    def change(x, h): return (gradient(x + h*v) - gradient(x - h*v))/(2*h)
+    def changes(x):
+        h = torch.finfo(x.dtype).eps**(1/3)
+        return change(x, h), change(x, 2*h), 1e2*torch.finfo(x.dtype).eps/h*G.norm(dim=1)
+    try: once, twice, noise = changes(y.detach().double())
+    except (RuntimeError, TypeError): once, twice, noise = changes(y.detach())
+    seen = products(v[None])[0].to(once)
+    size, doubt = seen.norm(dim=1).maximum(once.norm(dim=1)), (twice - once).norm(dim=1)
+    doubt = torch.maximum(doubt, doubt.nanmedian()) + noise
     if ((seen - once).norm(dim=1) > size/10 + 5*doubt).sum() > len(y)/100: raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with "
         "y in a way that autograd does not see (once_differentiable, a detach, a compiled function "

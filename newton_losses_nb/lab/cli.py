@@ -9,7 +9,6 @@ __all__ = ['BENCHES', 'bench_sorting', 'bench_paths', 'bench_classification', 'b
 # %% ../../nbs/lab/13_cli.ipynb #be6f12e7
 import contextlib
 import importlib.util
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,12 +16,15 @@ from pathlib import Path
 from fastcore.script import anno_parser
 
 # %% ../../nbs/lab/13_cli.ipynb #f5199041
-_EXTRA = ("numpy", "pandas", "scipy", "matplotlib", "pooch", "tqdm", "mlxtend", "tabulate")
+_EXTRA = (
+    "numpy", "pandas", "scipy", "matplotlib", "pooch", "tqdm", "mlxtend", "tabulate")
 
 def _need_bench():
     "Raise if the extra `bench` is not installed"
     missing = [m for m in _EXTRA if importlib.util.find_spec(m) is None]
-    if missing: raise ImportError(f"this command needs the extra 'bench' ({', '.join(missing)} not found): pip install 'newton_losses_nb[bench]'")
+    if missing: raise ImportError(
+        f"this command needs the extra 'bench' ({', '.join(missing)} not found): "
+        "pip install 'newton_losses_nb[bench]'")
 
 # %% ../../nbs/lab/13_cli.ipynb #716502e5
 def _names(text): return [o.strip() for o in text.split(",") if o.strip()]
@@ -30,19 +32,28 @@ def _names(text): return [o.strip() for o in text.split(",") if o.strip()]
 def _seeds(text):
     "Seeds from a count, '3', or a list with ranges, '0,5,10-12'"
     if re.fullmatch(r"\d+", text): return list(range(int(text)))
-    if not re.fullmatch(r"\d+(-\d+)?(,(\d+(-\d+)?)?)*", text): raise ValueError(f"seeds: expected a count such as 3, or a list such as 0,5,10-12, got {text!r}")
+    if not re.fullmatch(r"\d+(-\d+)?(,(\d+(-\d+)?)?)*", text): raise ValueError(
+        f"seeds: expected a count such as 3, or a list such as 0,5,10-12, got {text!r}")
     pairs = [o.partition("-") for o in text.split(",") if o]
     return [s for a, _, b in pairs for s in range(int(a), int(b or a) + 1)]
 
 def _lam(text):
     if text == "auto": return text
     try: return float(text)
-    except ValueError: raise ValueError(f"lam: expected a number or auto, got {text!r}") from None
+    except ValueError: raise ValueError(
+        f"lam: expected a number or auto, got {text!r}") from None
+
+def _whole(name, text):
+    try: return [int(o) for o in _names(text)]
+    except ValueError: raise ValueError(
+        f"{name}: expected whole numbers with commas, got {text!r}") from None
 
 # %% ../../nbs/lab/13_cli.ipynb #cccf41ae
 def bench_sorting(
-    relaxations:str="neural_sort,soft_sort,logistic,cauchy", # Relaxations, with commas; also logistic_art, gaussian, reciprocal, optimal
-    methods:str="none,fisher,hessian,clip", # Methods, with commas; also hessian_abs, hessian_clip, clip_grad, rms, scalar
+    # Relaxations, with commas; also logistic_art, gaussian, reciprocal, optimal
+    relaxations:str="neural_sort,soft_sort,logistic,cauchy",
+    # Methods; also hessian_abs, hessian_clip, clip_grad, rms, scalar, whiten
+    methods:str="none,fisher,hessian,clip",
     n:int=5,                # Images in a set
     seeds:str="3",          # Number of seeds, or a list such as 0,5,10-12
     steps:int=400,          # Training steps
@@ -50,42 +61,47 @@ def bench_sorting(
     lr:float=None,          # Learning rate of Adam; default: one that suits the network
     lam:str="auto",         # Damping λ: a number or auto
     max_norm:float=0.1,     # Largest gradient norm for clip and clip_grad
-    tau:float=None,         # Temperature of neural_sort and soft_sort; default: one that suits each
+    tau:float=None,         # Temperature of neural_sort and soft_sort; default: suits
     steepness:float=None,   # Steepness of sorting networks; default: one that suits
     comparators:str="odd_even", # Plan of sorting networks: odd_even or bitonic
-    loss:str="bce",         # bce, cross_entropy, or bce_clamped (as nn.BCELoss computes it)
+    loss:str="bce",         # bce, cross_entropy, or bce_clamped (that of nn.BCELoss)
     network:str="small",    # small (pooled digits, for a CPU) or cnn (the paper's)
-    data:str="sample",      # sample (5,000 MNIST digits, offline) or mnist (70,000, downloaded once)
-    data_dir:str=None,      # Folder with the four files of MNIST or of a data set in its format, instead of --data
+    data:str="sample",      # sample (5,000 digits, offline) or mnist (downloaded once)
+    data_dir:str=None,      # Folder with four files like MNIST's, instead of --data
     device:str="cpu",       # cpu or cuda
-    threads:int=None,       # CPU threads; default: one for the small network, which is fastest with one, else all
+    threads:int=None,       # CPU threads; default: one for the small network, else all
     precision:str="float32", # float32, tf32, bf16 or float64
     eval_every:int=100,     # Steps between evaluations
     eval_sets:int=1000,     # Validation sets, and test sets
-    out:str="runs/sorting", # Folder of results; a repeated command skips what is finished there
-    engine:str="local",     # local (one run after another), together (all seeds side by side, best on a GPU), or ray (a Ray cluster)
-    address:str=None,       # Ray cluster: auto or host:port; default: started on this machine
-    jobs:int=None,          # Runs at a time on a Ray cluster of this machine; default: one for each core
-    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster, with --device cuda
-    timeout:float=10.,      # Minutes to wait for another process, under torchrun
+    out:str="runs/sorting", # Folder of results; what is finished there is skipped
+    shard:str="1/1",        # Part of the runs to do: 2/5 is the second of five
+    engine:str="local",     # local (one by one), together (all seeds at once) or ray
+    address:str=None,       # Ray cluster: auto or host:port; default: started here
+    jobs:int=None,          # Runs at a time on a cluster started here; default: all cores
+    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster
 ):
-    "Train networks to sort images of four-digit numbers, with each relaxation, method and seed; then report"
+    "Train networks to sort four-digit numbers, by relaxation, method and seed; then report"
     _need_bench()
     import torch
     from newton_losses_nb.lab.data import load_digits
     from newton_losses_nb.lab.experiment import SortingTask, sorting_grid
-    configs = sorting_grid(_names(relaxations), _names(methods), _seeds(seeds), n=n, steps=steps, batch=batch, lr=lr, lam=_lam(lam),
-                           max_norm=max_norm, tau=tau, steepness=steepness, comparators=comparators, loss=loss, network=network,
-                           device=device, precision=precision, eval_every=eval_every, eval_sets=eval_sets)
-    team, run = _workers(device, engine, timeout, address, jobs, gpus)
-    digits = team.in_turn(lambda: load_digits(data, data_dir))
+    run = _engine(engine, device, address, jobs, gpus)
+    configs = sorting_grid(
+        _names(relaxations), _names(methods), _seeds(seeds), n=n, steps=steps,
+        batch=batch, lr=lr, lam=_lam(lam), max_norm=max_norm, tau=tau, steepness=steepness,
+        comparators=comparators, loss=loss, network=network, device=device,
+        precision=precision, eval_every=eval_every, eval_sets=eval_sets)
+    digits = load_digits(data, data_dir)
     if threads or network == "small": torch.set_num_threads(threads or 1)
-    _run(SortingTask, configs, digits, out, "sorting", ("exact_match",), team, run, engine)
+    tasks = _tasks(SortingTask, configs, digits, shard, engine)
+    _run(tasks, out, shard, run, ("exact_match",))
 
 # %% ../../nbs/lab/13_cli.ipynb #84e0ceb7
 def bench_paths(
-    losses:str="fenchel_young,smoothed_loss,smoothed_algorithm,relaxed_bf", # Losses, with commas; also blackbox
-    methods:str="none,fisher,hessian,clip", # Methods, with commas; also hessian_abs, hessian_clip, clip_grad, rms, scalar
+    # Losses, with commas; also blackbox
+    losses:str="fenchel_young,smoothed_loss,smoothed_algorithm,relaxed_bf",
+    # Methods; also hessian_abs, hessian_clip, clip_grad, rms, scalar, whiten
+    methods:str="none,fisher,hessian,clip",
     seeds:str="2",          # Number of seeds, or a list such as 0,5,10-12
     samples:str="10",       # Noisy copies of each map, with commas: 3,10,30
     loops:str="for",        # Loops of relaxed_bf, with commas: for,while
@@ -97,7 +113,7 @@ def bench_paths(
     max_norm:float=1.,      # Largest gradient norm for clip and clip_grad
     sigma:float=None,       # Size of the noise; default: one that suits each loss
     beta:float=None,        # Inverse temperature of relaxed_bf; default: one that suits
-    t_conorm:str="probabilistic", # T-conorm of relaxed_bf: probabilistic, hamacher or yager
+    t_conorm:str="probabilistic", # T-conorm of relaxed_bf; also hamacher or yager
     interpolation:float=None, # λ of blackbox; default: the original's, 20
     network:str="small",    # small (for a CPU) or resnet18 (the original's)
     data:str="terrain",     # terrain (generated, offline) or warcraft (downloaded once)
@@ -108,72 +124,85 @@ def bench_paths(
     valid:int=300,          # Validation maps
     test:int=500,           # Test maps
     device:str="cpu",       # cpu or cuda
-    threads:int=None,       # CPU threads; default: one for the small network, which is fastest with one, else all
+    threads:int=None,       # CPU threads; default: one for the small network, else all
     precision:str="float32", # float32, tf32, bf16 or float64
     eval_every:int=None,    # Steps between evaluations; default: one epoch
-    out:str="runs/paths",   # Folder of results; a repeated command skips what is finished there
-    engine:str="local",     # local (one run after another), together (all seeds side by side, best on a GPU), or ray (a Ray cluster)
-    address:str=None,       # Ray cluster: auto or host:port; default: started on this machine
-    jobs:int=None,          # Runs at a time on a Ray cluster of this machine; default: one for each core
-    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster, with --device cuda
-    timeout:float=10.,      # Minutes to wait for another process, under torchrun
+    out:str="runs/paths",   # Folder of results; what is finished there is skipped
+    shard:str="1/1",        # Part of the runs to do: 2/5 is the second of five
+    engine:str="local",     # local (one by one), together (all seeds at once) or ray
+    address:str=None,       # Ray cluster: auto or host:port; default: started here
+    jobs:int=None,          # Runs at a time on a cluster started here; default: all cores
+    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster
 ):
-    "Train networks to see what terrain costs, from shortest paths alone, with each loss, method and seed; then report"
+    "Train networks to find shortest paths, by loss, method and seed; then report"
     _need_bench()
     import torch
-    from newton_losses_nb.lab.paths import BETA, INTERPOLATION, PathTask, path_grid
+    from newton_losses_nb.lab.paths import PathTask, path_grid
     from newton_losses_nb.paths.terrain import load_maps
-    config = dict(epochs=epochs, batch=batch, lr=lr, lam=_lam(lam), max_norm=max_norm, sigma=sigma, beta=BETA if beta is None else beta,
-                  t_conorm=t_conorm, interpolation=INTERPOLATION if interpolation is None else interpolation,
-                  network=network, device=device, precision=precision, eval_every=eval_every)
-    counts = lambda k: [_whole("samples", o) for o in _names(k)]
-    def grid(**sizes): return path_grid(_names(losses), _names(methods), _seeds(seeds), counts(samples), _names(loops), _names(kinds), **config, **sizes)
+    run = _engine(engine, device, address, jobs, gpus)
+    given = dict(beta=beta, interpolation=interpolation)
+    given = {k: v for k, v in given.items() if v is not None}
+    def grid(**sizes): return path_grid(
+        _names(losses), _names(methods), _seeds(seeds), _whole("samples", samples),
+        _names(loops), _names(kinds), epochs=epochs, batch=batch, lr=lr, lam=_lam(lam),
+        max_norm=max_norm, sigma=sigma, t_conorm=t_conorm, network=network,
+        device=device, precision=precision, eval_every=eval_every, **given, **sizes)
     grid(train=train, valid=valid, test=test)
-    team, run = _workers(device, engine, timeout, address, jobs, gpus)
-    maps = team.in_turn(lambda: load_maps(data, data_dir, train, valid, test, size, data_seed))
+    maps = load_maps(data, data_dir, train, valid, test, size, data_seed)
+    configs = grid(**{k: len(m) for k, m in maps.items()})
     if threads or network == "small": torch.set_num_threads(threads or 1)
     if engine != "ray": maps = {k: m.to(device) for k, m in maps.items()}
-    _run(PathTask, grid(**{k: len(m) for k, m in maps.items()}), maps, out, "paths", ("exact_match", "cost_optimality"), team, run, engine)
+    tasks = _tasks(PathTask, configs, maps, shard, engine)
+    _run(tasks, out, shard, run, ("exact_match", "cost_optimality"))
 
 # %% ../../nbs/lab/13_cli.ipynb #1b548208
 def bench_classification(
-    networks:str="mlp_relu,mlp_tanh,mlp_sigmoid,lenet_relu,lenet_sigmoid,lenet_sigmoid_mended", # Networks, with commas
+    # Networks, with commas
+    networks:str=("mlp_relu,mlp_tanh,mlp_sigmoid,"
+                  "lenet_relu,lenet_sigmoid,lenet_sigmoid_mended"),
     optimizers:str="sgd,adam", # Optimisers, with commas
-    methods:str="none,fisher,hessian,clip,rms", # Methods, with commas; also hessian_abs, hessian_clip, clip_grad, scalar
+    # Methods; also hessian_abs, hessian_clip, clip_grad, scalar, whiten
+    methods:str="none,fisher,hessian,clip,rms",
     seeds:str="3",          # Number of seeds, or a list such as 0,5,10-12
     epochs:str="1",         # Passes through the training digits, with commas: 1,200
     batch:int=50,           # Digits in a step
-    lr:float=None,          # Learning rate of the plain loss; default: one that suits the optimiser
-    gain:float=1.,          # Factor on the learning rate for other methods than the plain loss
+    lr:float=None,          # Learning rate of the plain loss; default: suits the optimiser
+    gain:float=1.,          # Factor on lr for other methods than the plain loss
     lam:str="0.1",          # Damping λ: a number or auto
     max_norm:float=0.1,     # Largest gradient norm for clip and clip_grad
     pool:int=2,             # Shrink the digits by this factor: 1 or 2
-    data:str="sample",      # sample (5,000 MNIST digits, offline) or mnist (70,000, downloaded once)
-    data_dir:str=None,      # Folder with the four files of MNIST or of a data set in its format, instead of --data
+    data:str="sample",      # sample (5,000 digits, offline) or mnist (downloaded once)
+    data_dir:str=None,      # Folder with four files like MNIST's, instead of --data
     device:str="cpu",       # cpu or cuda
     threads:int=1,          # CPU threads
     precision:str="float32", # float32, tf32, bf16 or float64
     eval_every:int=None,    # Steps between evaluations; default: one epoch
-    out:str="runs/classification", # Folder of results; a repeated command skips what is finished there
-    engine:str="local",     # local (one run after another), together (all seeds side by side, best on a GPU), or ray (a Ray cluster)
-    address:str=None,       # Ray cluster: auto or host:port; default: started on this machine
-    jobs:int=None,          # Runs at a time on a Ray cluster of this machine; default: one for each core
-    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster, with --device cuda
-    timeout:float=10.,      # Minutes to wait for another process, under torchrun
+    # Folder of results; what is finished there is skipped
+    out:str="runs/classification",
+    shard:str="1/1",        # Part of the runs to do: 2/5 is the second of five
+    engine:str="local",     # local (one by one), together (all seeds at once) or ray
+    address:str=None,       # Ray cluster: auto or host:port; default: started here
+    jobs:int=None,          # Runs at a time on a cluster started here; default: all cores
+    gpus:float=1.,          # Part of a GPU that a run takes on a Ray cluster
 ):
-    "Train networks to read digits with the cross-entropy, with each optimiser, method and seed; then report"
+    "Train networks to read digits, by network, optimiser, method and seed; then report"
     _need_bench()
     import torch
-    from newton_losses_nb.lab.classification import ClassificationTask, classification_grid
+    from newton_losses_nb.lab.classification import (
+        ClassificationTask, classification_grid)
     from newton_losses_nb.lab.data import load_digits
-    def grid(**size): return classification_grid(
-        _names(networks), _names(optimizers), _names(methods), _seeds(seeds), [_whole("epochs", o) for o in _names(epochs)], batch=batch, lr=lr, gain=gain,
-        lam=_lam(lam), max_norm=max_norm, pool=pool, device=device, precision=precision, eval_every=eval_every, **size)
-    grid(train=batch)
-    team, run = _workers(device, engine, timeout, address, jobs, gpus)
-    digits = team.in_turn(lambda: load_digits(data, data_dir))
+    run = _engine(engine, device, address, jobs, gpus)
+    def grid(train): return classification_grid(
+        _names(networks), _names(optimizers), _names(methods), _seeds(seeds),
+        _whole("epochs", epochs), batch=batch, lr=lr, gain=gain, lam=_lam(lam),
+        max_norm=max_norm, pool=pool, device=device, precision=precision,
+        eval_every=eval_every, train=train)
+    grid(batch)
+    digits = load_digits(data, data_dir)
     torch.set_num_threads(threads)
-    _run(ClassificationTask, grid(train=len(digits["train"])), digits, out, "classification", ("exact_match",), team, run, engine)
+    configs = grid(len(digits["train"]))
+    tasks = _tasks(ClassificationTask, configs, digits, shard, engine)
+    _run(tasks, out, shard, run, ("exact_match",))
 
 # %% ../../nbs/lab/13_cli.ipynb #ec6d5829
 def bench_ablation(
@@ -183,75 +212,98 @@ def bench_ablation(
     n:int=5,                # Images in a set
     batch:int=50,           # Sets in a step
     network:str="small",    # small (pooled digits, for a CPU) or cnn (the paper's)
-    data:str="sample",      # sample (5,000 MNIST digits, offline) or mnist (70,000, downloaded once)
-    data_dir:str=None,      # Folder with the four files of MNIST or of a data set in its format, instead of --data
+    data:str="sample",      # sample (5,000 digits, offline) or mnist (downloaded once)
+    data_dir:str=None,      # Folder with four files like MNIST's, instead of --data
     device:str="cpu",       # cpu or cuda
-    threads:int=None,       # CPU threads; default: one for the small network, which is fastest with one, else all
+    threads:int=None,       # CPU threads; default: one for the small network, else all
     precision:str="float32", # float32, tf32, bf16 or float64
     eval_every:int=None,    # Steps between evaluations; default: only at the end
     eval_sets:int=1000,     # Validation sets, and test sets
     tuning_steps:int=None,  # Steps of a trial; default: as many as of a run
-    out:str=None,           # Folder of results, default runs/ablation_NAME; a repeated command skips what is finished there
-    engine:str="together",  # together (all seeds side by side) or local (one run after another)
+    # Folder of results, default runs/ablation_NAME; what is finished there is skipped
+    out:str=None,
+    engine:str="together",  # together (all seeds at once) or local (one by one)
 ):
-    "Ask one question of the sorting losses, with settings chosen on other seeds; then report"
+    "Ask a question of the sorting losses, settings chosen on other seeds; then report"
     _need_bench()
     import torch
     from newton_losses_nb.lab.ablations import forget, run_ablation
-    if engine not in ("local", "together"): raise ValueError(f"engine: expected local or together, got {engine!r}")
+    from newton_losses_nb.lab.records import read_runs
+    if engine not in ("local", "together"):
+        raise ValueError(f"engine: expected local or together, got {engine!r}")
+    run, out = _engine(engine, device), out or f"runs/ablation_{name}"
     if threads or network == "small": torch.set_num_threads(threads or 1)
-    _, run = _workers(device, engine, 10., None, None, 1.)
-    out = out or f"runs/ablation_{name}"
-    runs = run_ablation(name, out, _seeds(seeds), steps, n, batch, network, device, precision, data, data_dir, eval_every, eval_sets, run,
-                        tuning_steps=tuning_steps)
-    _report(forget(runs), _place(out, "exact_match"), "exact_match")
+    run_ablation(name, out, _seeds(seeds), steps, n, batch, network, device, precision,
+                 data, data_dir, eval_every, eval_sets, run, tuning_steps=tuning_steps)
+    _report(forget(read_runs(out)), _place(out, "exact_match"), "exact_match")
 
 # %% ../../nbs/lab/13_cli.ipynb #a3074fce
-def _whole(name, text):
-    try: return int(text)
-    except ValueError: raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from None
+def _check_device(device, here=True):
+    "Raise unless there is such a device"
+    import torch
+    try: found = torch.device(device)
+    except RuntimeError: found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    count = torch.cuda.device_count()
+    if here and found.type == "cuda" and (found.index or 0) >= count: raise ValueError(
+        f"device: expected cpu, or one of the {count} GPUs that PyTorch finds, "
+        f"got {device!r}")
 
-def _workers(device, engine, timeout, address, jobs, gpus):
-    "The processes that share each run, and the engine that does the runs"
+def _engine(engine, device, address=None, jobs=None, gpus=1.):
+    "What does the runs"
     from newton_losses_nb.lab.experiment import one_by_one
-    from newton_losses_nb.lab.processes import _check_ray, join_processes, ray_cluster, ray_engine
-    if engine not in ("local", "together", "ray"): raise ValueError(f"engine: expected local, together or ray, got {engine!r}")
-    if engine != "local" and int(os.environ.get("WORLD_SIZE", "1")) > 1: raise ValueError(f"engine: expected local under torchrun, got {engine!r}")
-    if engine != "ray" and (address or jobs): raise ValueError(f"engine: expected ray with an address or a number of jobs, got {engine!r}")
-    if engine == "ray": _check_ray(address, jobs, gpus)
-    team = join_processes(device, timeout)
-    if engine == "local": return team, team.lead if team.size > 1 else one_by_one
-    if engine == "ray": return team, lambda tasks, bar: ray_engine(tasks, bar, lambda: ray_cluster(address, jobs), gpus)
+    from newton_losses_nb.lab.processes import check_ray, ray_cluster, ray_engine
+    if engine not in ("local", "together", "ray"):
+        raise ValueError(f"engine: expected local, together or ray, got {engine!r}")
+    if engine != "ray" and (address or jobs): raise ValueError(
+        f"engine: expected ray with an address or a number of jobs, got {engine!r}")
+    _check_device(device, here=engine != "ray")
+    if engine == "local": return one_by_one
+    if engine == "ray":
+        check_ray(address, jobs, gpus)
+        cluster = lambda: ray_cluster(address, jobs)
+        return lambda todo, bar: ray_engine(todo, bar, cluster, gpus)
     from newton_losses_nb.lab.fast_training import seeds_together
-    return team, seeds_together
+    return seeds_together
 
-def _run(kind, configs, data, out, name, metrics, team, run, engine):
+def _tasks(kind, configs, data, part, engine):
+    "What the engine gets"
+    from newton_losses_nb.lab.processes import Job, shard
+    if not configs: raise ValueError("methods: none of the runs asked for exists "
+                                     "(relaxed_bf and blackbox have no Hessian)")
+    mine = shard(configs, part)
+    if not mine: raise ValueError(
+        f"shard: expected a part with runs in it, got {part} of {len(configs)} runs")
+    return [Job(kind, c, data) if engine == "ray" else kind(c, data) for c in mine]
+
+def _run(tasks, out, part, engine, metrics):
     "Run a grid, and report each metric in a folder of its own"
     from newton_losses_nb.lab.experiment import run_all
-    from newton_losses_nb.lab.processes import Job, leave_processes
-    if not configs: raise ValueError("methods: none of the runs asked for exists (relaxed_bf and blackbox have no Hessian)")
-    tasks = [Job(kind, c, data) if engine == "ray" else kind(c, data) for c in configs]
-    if team.rank:
-        team.follow(tasks)
-        return leave_processes()
+    from newton_losses_nb.lab.records import read_runs
+    name = tasks[0].config["task"]
+    file = name if part == "1/1" else f"{name}-{part.replace('/', 'of')}"
     print(f"{len(tasks)} runs on {tasks[0].source}; results in {out}")
-    runs = list(run_all(tasks, out, name, engine=run))
-    leave_processes()
+    for _ in run_all(tasks, out, file, engine=engine): pass
+    runs = [r for r in read_runs(out) if r["config"].get("task") == name]
     for m in metrics: _report(runs, _place(out, m), m)
 
-def _place(folder, metric): return Path(folder)/"report"/("" if metric == "exact_match" else metric)
+def _place(folder, metric):
+    return Path(folder)/"report"/("" if metric == "exact_match" else metric)
 
 # %% ../../nbs/lab/13_cli.ipynb #779d9012
 def bench_speed(
-    groups:str="networks,relaxations,paths,hessians,losses,cnn,import", # What to measure, with commas
+    # What to measure, with commas
+    groups:str="networks,relaxations,paths,hessians,losses,cnn,import",
     device:str="cpu",       # cpu or cuda
     threads:int=1,          # CPU threads
     rounds:int=9,           # Pairs of blocks, ours and the peer's
     seconds:float=0.5,      # Time to spend on each side of a case, about
-    out:str="runs/speed",   # Folder of results; a repeated command measures only what is missing there
+    out:str="runs/speed",   # Folder of results; measures only what is missing there
 ):
     "Time each operation beside the same operation of a peer, as a ratio"
     _need_bench()
+    _check_device(device)
     from newton_losses_nb.lab.speed import run_speed, show_table
     table = run_speed(_names(groups), out, device, threads, rounds, seconds)
     if len(table): print(show_table(table).to_markdown(index=False))
@@ -261,10 +313,11 @@ def bench_scaling(
     device:str="cpu",       # cpu or cuda
     threads:int=1,          # CPU threads
     seconds:float=0.3,      # Time to spend on each point, about
-    out:str="runs/speed",   # Folder of results; a repeated command measures only what is missing there
+    out:str="runs/speed",   # Folder of results; measures only what is missing there
 ):
     "Measure how time and memory grow with the size of the problem"
     _need_bench()
+    _check_device(device)
     from newton_losses_nb.lab.scaling import run_scaling
     table = run_scaling(out, device, threads, seconds)
     if len(table): print(table.to_markdown(index=False))
@@ -274,9 +327,9 @@ def bench_scaling(
 def report(
     runs:str,                  # Folder of results, or a .jsonl file
     metric:str="exact_match",  # What to compare, such as exact_match or element_match
-    out:str=None,              # Folder for table and pictures; default: report, in the folder of results (for another metric than exact_match, a folder in it)
+    out:str=None,              # Folder for table and pictures; default: report beside the runs
 ):
-    "Print the table of finished runs, and write it as Markdown and CSV, with pictures as PNG and SVG"
+    "Print the table of finished runs, and write tables and pictures"
     _need_bench()
     from newton_losses_nb.lab.records import read_runs
     folder = Path(runs) if Path(runs).is_dir() else Path(runs).parent
@@ -295,6 +348,7 @@ def _report(runs, out, metric):
 def _parser(func, prog):
     "The argument parser of a function, with dashes in the names of options"
     p = anno_parser(func, prog=prog)
+    p.allow_abbrev = False
     for a in p._actions:
         dashed = [o.replace("_", "-") for o in a.option_strings]
         p._option_string_actions.update({o: a for o in dashed})
@@ -305,19 +359,20 @@ def _call(func, prog, argv):
     "Parse arguments, call the function, turn a user's mistakes into sentences"
     args = vars(_parser(func, prog).parse_args(argv))
     for k in ("pdb", "xtra"): args.pop(k, None)
+    stop = "interrupted; finished runs are kept, repeat the command to go on"
     try: func(**args)
-    except (ValueError, OSError, ImportError) as e: _complain(f"{prog}: {e}"); return 2
-    except KeyboardInterrupt: _complain(f"\n{prog}: interrupted; finished runs are kept, repeat the command to go on", joined=False); return 130
+    except (ValueError, OSError, ImportError) as e:
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: {stop}", file=sys.stderr)
+        return 130
     return 0
 
-def _complain(text, joined=True):
-    "Write to stderr; of several processes only the first, unless they are joined and each may have trouble of its own"
-    dist = sys.modules.get("torch.distributed")
-    if os.environ.get("RANK", "0") == "0" or joined and dist and dist.is_initialized(): print(text, file=sys.stderr)
-
 # %% ../../nbs/lab/13_cli.ipynb #e70f13df
-BENCHES = {"sorting": bench_sorting, "paths": bench_paths, "classification": bench_classification, "ablation": bench_ablation,
-           "speed": bench_speed, "scaling": bench_scaling} # The benchmarks of `nl_bench`
+BENCHES = { # The benchmarks of `nl_bench`
+    "sorting": bench_sorting, "paths": bench_paths, "ablation": bench_ablation,
+    "classification": bench_classification, "speed": bench_speed, "scaling": bench_scaling}
 
 def nl_bench(
     argv:list|None=None, # Arguments; None: those of the command line
