@@ -8,10 +8,4 @@ from .core.newton import (
 from .core.memory import MovingAverage, Remembering, Window
 from .core.large import Krylov
 from .core.check import check_loss
-from .sorting.losses import (
-    SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation)
-from .paths.exact import shortest_path
-from .paths.relaxed import relaxed_bellman_ford
-from .paths.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss
-
 __all__ = [name for name in dir() if name[0] != "_" and name not in ("core", "paths", "sorting")]

@@ -1,15 +1,17 @@
 """Shortest paths against networkx, and the promises that a user of the path losses relies on, on many random inputs."""
 import networkx
+import numpy
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from newton_losses_nb.core.newton import NewtonLoss
+from newton_losses_nb import NewtonLoss
 from newton_losses_nb.paths.relaxed import path_loss, relaxed_bellman_ford
 from newton_losses_nb.paths.exact import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
-from newton_losses_nb.paths.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
+from newton_losses_nb.paths.smoothing import FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss, fenchel_young_loss, smoothed_algorithm
 
 fast = settings(deadline=None, max_examples=30)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -29,7 +31,8 @@ def networkx_cost(cost):
             for a in range(max(i - 1, 0), min(i + 2, H)):
                 for b in range(max(j - 1, 0), min(j + 2, W)):
                     if (a, b) != (i, j): graph.add_edge((i, j), (a, b), weight=float(cost[a, b]))
-    return float(cost[0, 0]) + networkx.dijkstra_path_length(graph, (0, 0), (H - 1, W - 1))
+    reached = networkx.single_source_dijkstra_path_length(graph, (0, 0))
+    return float(cost[0, 0]) + reached[H - 1, W - 1]
 
 @pytest.mark.parametrize("kind", COSTS)
 @given(size=sizes, seed=st.integers(0, 2**20))
@@ -39,6 +42,54 @@ def test_cheapest(kind, size, seed):
     path = shortest_path(cost)
     assert is_valid_path(path).all() and cost_optimality(cost, path).all()
     assert_close(path_cost(cost, path), torch.tensor([networkx_cost(c) for c in cost], dtype=torch.float64), rtol=1e-12, atol=0)
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@given(size=sizes, seed=st.integers(0, 2**20), share=st.sampled_from([0.1, 0.3, 0.5]))
+@fast
+def test_walls(dtype, size, seed, share):
+    "Infinite cells are entered by no path; a map without a path is named"
+    g = torch.Generator().manual_seed(seed)
+    cost = COSTS["tied"]((6, *size), g).to(dtype)
+    cost = cost.masked_fill(torch.rand(cost.shape, generator=g) < share, torch.inf)
+    best = torch.tensor([networkx_cost(c) for c in cost], dtype=torch.float64)
+    good = best.isfinite()
+    path = shortest_path(cost[good])
+    assert path.dtype == dtype and is_valid_path(path).all() and not path[cost[good].isinf()].any()
+    rtol = max(1e-6, torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
+    assert_close(path_cost(cost[good], path).double(), best[good], rtol=rtol, atol=0)
+    assert cost_optimality(cost[good], path).all() and (regret(cost[good], path) == 0).all()
+    fixed = shortest_path(cost, 2*size[0]*size[1])
+    assert torch.equal(fixed[good], path) and fixed[~good].isnan().all()
+    if not good.all():
+        with pytest.raises(ValueError, match=rf"map {int((~good).nonzero()[0])}\b"): shortest_path(cost)
+
+@given(seed=st.integers(0, 2**20))
+@fast
+def test_walls_scipy(seed):
+    "The same with the graph of the free cells alone"
+    g = torch.Generator().manual_seed(seed)
+    cost = COSTS["continuous"]((7, 8), g).masked_fill(torch.rand(7, 8, generator=g) < 0.3, torch.inf)
+    cost[0, 0] = cost[-1, -1] = 1
+    cells, n = cost.numpy(), cost.numel()
+    edges = [(i*8 + j, a*8 + b) for i in range(7) for j in range(8) for a in range(max(i - 1, 0), min(i + 2, 7))
+             for b in range(max(j - 1, 0), min(j + 2, 8)) if (a, b) != (i, j) and numpy.isfinite(cells[i, j] + cells[a, b])]
+    u, v = numpy.array(edges, dtype=int).reshape(-1, 2).T
+    graph = scipy.sparse.csr_array((cells.ravel()[v], (u, v)), shape=(n, n))
+    best = cells[0, 0] + scipy.sparse.csgraph.dijkstra(graph, indices=0)[-1]
+    if numpy.isfinite(best): assert abs(float(path_cost(cost, shortest_path(cost))) - best) < 1e-9
+    else:
+        with pytest.raises(ValueError, match="around the walls"): shortest_path(cost)
+
+def test_no_path_is_named():
+    cost = torch.ones(2, 3, 4, 4)
+    cost[1, 0, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"around the walls \(infinite costs\), map \(1, 0\) has none"): shortest_path(cost)
+    cost[0, 2, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"top left corner of map \(0, 2\)"): shortest_path(cost)
+    with pytest.raises(ValueError, match="bottom right corner of the map"): shortest_path(torch.tensor([[1., torch.inf]]))
+    with pytest.raises(ValueError, match="can hold, got one beyond 3.4e.38 on map 1"):
+        shortest_path(torch.stack([torch.ones(3, 3), torch.full((3, 3), 3e38)]))
+    with pytest.raises(ValueError, match="floor=1e-3"): shortest_path(torch.tensor([[1., -1.]]))
 
 @given(seed=st.integers(0, 2**20))
 @fast
@@ -81,9 +132,9 @@ def test_relaxed_is_finite(scale, beta, loop):
 def flat(c): return shortest_path(c.clamp(min=1e-3).unflatten(-1, (6, 6))).flatten(-2)
 
 LOSSES = {
-    "fenchel_young": lambda **k: FenchelYoungLoss(flat, floor=1e-3, **k),
-    "smoothed_loss": lambda **k: SmoothedLoss(lambda y, w: path_loss(flat(y), w), **k),
-    "smoothed_algorithm": lambda **k: SmoothedAlgorithmLoss(flat, lambda a, w: path_loss(a, w, "l2"), **k),
+    "fenchel_young": lambda noise: FenchelYoungLoss(flat, noise, floor=1e-3),
+    "smoothed_loss": lambda noise: SmoothedLoss(lambda y, w: path_loss(flat(y), w), noise),
+    "smoothed_algorithm": lambda noise: SmoothedAlgorithmLoss(flat, lambda a, w: path_loss(a, w, "l2"), noise),
 }
 
 @pytest.mark.parametrize("curvature,eigenvalues", [("fisher", "raw"), ("hessian", "raw"), ("hessian", "abs"), ("hessian", "clip")])
@@ -93,7 +144,7 @@ def test_newton(name, curvature, eigenvalues, dtype):
     g = torch.Generator().manual_seed(0)
     y, w = torch.rand(7, 36, generator=g).to(dtype) + 0.2, flat(torch.rand(7, 36, generator=g)).to(dtype)
     y.requires_grad_()
-    loss = NewtonLoss(LOSSES[name](n_samples=6, generator=torch.Generator().manual_seed(1)), curvature, eigenvalues=eigenvalues)
+    loss = NewtonLoss(LOSSES[name](Noise(samples=6, generator=torch.Generator().manual_seed(1))), curvature, eigenvalues=eigenvalues)
     loss(y, w).backward()
     assert y.grad.isfinite().all() and y.grad.dtype == dtype
 
@@ -105,7 +156,7 @@ def test_fenchel_young_gradient(seed, floor):
     solver = lambda c: shortest_path(c.clamp(min=1e-3).unflatten(-1, (3, 3))).flatten(-2)
     y, noise = torch.rand(1, 9, generator=g, dtype=torch.float64) + 1, torch.randn(1, 5, 9, generator=g, dtype=torch.float64)
     w = solver(torch.rand(1, 9, generator=g, dtype=torch.float64) + 0.1)
-    value = lambda y: fenchel_young_loss(solver, y, w, sigma=0.3, noise=noise, floor=floor)
+    value = lambda y: fenchel_young_loss(solver, y, w, Noise(0.3, fixed=noise), floor=floor)
     G, = torch.autograd.grad(value(y.requires_grad_()).sum(), y)
     num = torch.stack([(value(y.detach() + 1e-7*o) - value(y.detach() - 1e-7*o))/2e-7 for o in torch.eye(9, dtype=torch.float64)], 1)
     assert_close(G, num, rtol=1e-5, atol=1e-5)
@@ -113,5 +164,6 @@ def test_fenchel_young_gradient(seed, floor):
 
 def test_generator_leaves_the_global_one_alone():
     before = torch.get_rng_state()
-    smoothed_algorithm(flat, torch.rand(2, 36, generator=torch.Generator().manual_seed(0)), generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    smoothed_algorithm(flat, torch.rand(2, 36, generator=g), Noise(generator=g))
     assert torch.equal(before, torch.get_rng_state())

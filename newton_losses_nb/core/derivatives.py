@@ -19,21 +19,18 @@ from torch import Tensor
 class NonFiniteError(ValueError):
     "Raised when outputs, losses or derivatives hold NaN or infinity"
 
-def describe(x) -> str: # Of a tensor its type and shape, of anything else its type
-    "What was given, for the text of an error"
+def describe(x) -> str:
+    "What was given, for the text of an error: of a tensor its type and shape, else its type"
     if not isinstance(x, Tensor): return type(x).__name__
     return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
 
-def check_outputs(
-    y:Tensor,      # Network outputs
-    name:str="y",  # What to call them in the message
-):
+def check_outputs(y:Tensor):
     "Raise unless `y` is a floating-point tensor of samples and outputs"
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {describe(y)}")
-    if y.ndim < 2 or 0 in y.shape:
-        raise ValueError(f"{name}: expected shape (N, m), N samples of m outputs, got "
-                         f"{tuple(y.shape)}" + "; use y[:, None] for one output"*(y.ndim == 1))
+        raise TypeError(f"y: expected a floating-point tensor, got {describe(y)}")
+    if y.ndim < 2 or not y.shape[-1]: raise ValueError(
+        f"y: expected shape (N, m), N samples of m outputs, got {tuple(y.shape)}"
+        + "; use y[:, None] for one output"*(y.ndim == 1))
 
 # %% ../../nbs/core/01_derivatives.ipynb #ec0c2d07
 def sample_losses(
@@ -44,45 +41,36 @@ def sample_losses(
     "Call a per-sample loss and check that it is one"
     loss = loss_fn(y, *args)
     if isinstance(loss, Tensor) and loss.shape == y.shape[:1]: return loss
-    shape = loss.shape if isinstance(loss, Tensor) else None
-    hint = {(): "; do not reduce it (reduction='none')", y.shape: "; sum over the other axes"}
+    hints = {(): "; do not reduce it (reduction='none')", y.shape: "; sum over the other axes"}
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), got "
-                     f"{describe(loss)}{hint.get(shape, '')}")
+                     f"{describe(loss)}{hints.get(getattr(loss, 'shape', None), '')}")
 
-# %% ../../nbs/core/01_derivatives.ipynb #5c474228
-def backward_rows(
-    G:Float[Tensor, "N m"],      # Gradients with their graph
-    y:Float[Tensor, "N m"],      # What they were taken for
-    rows:Float[Tensor, "K N m"], # Stack of matrices to send back through `G`
-) -> Float[Tensor, "K N m"]:     # For each, what arrives at `y`: products with the Hessians
-    "Several backward passes through a gradient, at once where torch can"
-    def back(v, batched):
-        return torch.autograd.grad(G, y, v, retain_graph=True, is_grads_batched=batched,
-                                   allow_unused=True)[0]
-    if not G.requires_grad: return torch.zeros_like(rows)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        try: H = back(rows, True)
+# %% ../../nbs/core/01_derivatives.ipynb #10100974
+def backward_rows(G, y, rows:Float[Tensor, "K N m"]) -> Float[Tensor, "K N m"]:
+    "Rows sent back through the gradients `G` of `y`, at once where torch can, else one by one"
+    def back(v, batched): return torch.autograd.grad(
+        G, y, v, retain_graph=True, is_grads_batched=batched, allow_unused=True)[0]
+    H = None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            if G.requires_grad: H = back(rows, True)
+    except torch.cuda.OutOfMemoryError: raise
+    except RuntimeError:
+        try: H = [back(v, False) for v in rows]
         except torch.cuda.OutOfMemoryError: raise
-        except RuntimeError: H = _one_by_one(back, rows)
+        except RuntimeError as e: raise ValueError(
+            "loss_fn: expected a loss that can be differentiated twice, but autograd says: "
+            f"{str(e).splitlines()[0]}; use curvature='fisher' (or, for a compiled loss, give "
+            "the function as it was before torch.compile)") from e
+        H = None if H[0] is None else torch.stack(H)
     return torch.zeros_like(rows) if H is None else H
 
-def _one_by_one(back, rows):
-    try: H = [back(v, False) for v in rows]
-    except torch.cuda.OutOfMemoryError: raise
-    except RuntimeError as e: raise ValueError(
-        "loss_fn: expected a loss that can be differentiated twice, but autograd says: "
-        f"{str(e).splitlines()[0]}; use curvature='fisher' (or, for a compiled loss, give "
-        "the function as it was before torch.compile)") from e
-    return None if H[0] is None else torch.stack(H)
-
-# %% ../../nbs/core/01_derivatives.ipynb #4d61eff1
-def full_precision(
-    y:Tensor,  # A tensor on the device in question
-) -> contextlib.AbstractContextManager: # Within it, autocast is off
-    "Switch autocast off where it is on"
-    if y.device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(y.device.type):
-        return contextlib.nullcontext()
+# %% ../../nbs/core/01_derivatives.ipynb #d8d08d14
+def full_precision(y:Tensor) -> contextlib.AbstractContextManager:
+    "Switch autocast off on the device of `y`, where it is on"
+    known = y.device.type in ("cpu", "cuda")
+    if known and not torch.is_autocast_enabled(y.device.type): return contextlib.nullcontext()
     return torch.autocast(y.device.type, enabled=False)
 
 # %% ../../nbs/core/01_derivatives.ipynb #bf2f2138
@@ -98,32 +86,32 @@ def derivatives(
     "Loss, gradient and second derivatives of every sample, detached"
     if hasattr(loss_fn, "derivatives"): return _own_derivatives(loss_fn, y, args, second)
     with torch.inference_mode(False), torch.enable_grad():
-        y, *args = (a.clone() if isinstance(a, Tensor) and a.is_inference() else a
-                    for a in (y, *args))
-        y = y.detach().requires_grad_()
-        loss = sample_losses(loss_fn, y, *args)
-        if not loss.requires_grad: raise ValueError(
-            "loss_fn: expected values that depend on y, got constants (a detach or no_grad inside?)")
-        G, = torch.autograd.grad(loss.sum(), y, create_graph=second is not None,
-                                 retain_graph=second is not None or check, allow_unused=True)
+        y, args = y.detach(), list(args)
+        for i, a in enumerate(args):
+            if isinstance(a, Tensor) and a.is_inference(): args[i] = a.clone()
+        y = (y.clone() if y.is_inference() else y).requires_grad_()
+        loss, G = sample_losses(loss_fn, y, *args), None
+        if loss.requires_grad: G, = torch.autograd.grad(
+            loss.sum(), y, create_graph=second is not None, retain_graph=True, allow_unused=True)
         if G is None: raise ValueError(
-            "loss_fn: expected values that depend on y, got values that depend on something else only")
+            "loss_fn: expected values that depend on y, got values that do not (a detach inside?)")
         if check and len(y) > 1: _check_independent(loss, G, y)
-        products = None if second is None else _products(G, y)
-        if check and second is not None: _check_second(loss_fn, y, args, G.detach(), products)
-    H = products if second in (None, "products") else _unit_products(products, y, second == "full")
+        H = None if second is None else _products(G, y)
+        if check and H is not None: _check_second(loss_fn, y, args, G.detach(), H)
+        if second in ("full", "diagonal"): H = _unit_products(H, y, second == "full")
     return loss.detach(), G.detach(), H
 
 def _products(G, y):
     "Products of vectors `(K, N, m)` with the Hessians of all samples, some at a time"
     size = max(1, BUDGET//max(1, y.numel()))
-    return lambda V: torch.cat([backward_rows(G, y, v.to(y.dtype)) for v in V.split(size)]).detach()
+    def back(v): return backward_rows(G, y, v.to(y.dtype)).detach()
+    return lambda V: torch.cat([back(v) for v in V.split(size)])
 
 def _unit_products(products, y, full):
     "Hessians, or their diagonals, from products with the unit vectors"
-    (n, m), parts = y.shape, []
-    for rows in torch.eye(m, dtype=y.dtype, device=y.device).split(max(1, BUDGET//y.numel())):
-        E = rows[:, None].expand(-1, n, m)
+    parts, units = [], torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    for rows in units.split(max(1, BUDGET//y.numel())):
+        E = rows[:, None].expand(-1, *y.shape)
         parts.append(products(E) if full else (E*products(E)).sum(-1))
     return torch.cat(parts).movedim(0, 1)
 
@@ -131,20 +119,19 @@ def _own_derivatives(loss_fn, y, args, second):
     "What a loss says of itself; it gives Hessians or none"
     with torch.inference_mode(False), full_precision(y):
         loss, G, H = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
-    if second is not None: H = H.detach()
+    H = None if second is None else H.detach()
     if second == "diagonal": H = H.diagonal(dim1=-2, dim2=-1)
-    if second == "products": return loss.detach(), G.detach(), lambda V: (V.unsqueeze(-2) @ H)[..., 0, :]
-    return loss.detach(), G.detach(), H
+    products = lambda V: (V.unsqueeze(-2) @ H)[..., 0, :]
+    return loss.detach(), G.detach(), products if second == "products" else H
 
 # %% ../../nbs/core/01_derivatives.ipynb #d1dcd7bc
 def _check_independent(loss, G, y):
     "Raise if some sample's loss depends on another sample's outputs"
-    powers = 4 if y.dtype == torch.float16 else 16
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0), device="cpu")
-    v = 2.**-(order % powers).to(y.device, y.dtype)
+    v = 2.**-(order % (4 if y.dtype == torch.float16 else 16)).to(y.device, y.dtype)
     Gv, = torch.autograd.grad(loss, y, v.to(loss.dtype), retain_graph=True)
-    off = (Gv/v[:, None] - G).detach().abs().amax()
-    if off > 1e-3*G.detach().abs().amax().clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
+    off, size = ((x.detach().abs().amax()) for x in (Gv/v[:, None] - G, G))
+    if off > 1e-3*size.clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
         "loss_fn: expected independent samples, but the loss of one sample depends on the outputs "
         "of another (a mean, normalisation or ranking over the batch inside the loss?); average "
         "outside the loss instead")
@@ -152,32 +139,26 @@ def _check_independent(loss, G, y):
 # %% ../../nbs/core/01_derivatives.ipynb #45f4a354
 def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
-    y, eps = y.detach(), torch.finfo(y.dtype).eps
     signs = torch.randint(2, y.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    v = (2*signs - 1).to(y)*(1 + y.abs())
-    def change(h):
-        ends = []
-        for x in ((y + h*v).requires_grad_(), (y - h*v).requires_grad_()):
-            ends.append(torch.autograd.grad(loss_fn(x, *args).sum(), x)[0])
-        return (ends[0] - ends[1])/(2*h)
-    h = eps**(1/3)
-    seen, once, twice = products(v[None])[0], change(h), change(2*h)
-    size = torch.maximum(seen.norm(dim=1), once.norm(dim=1))
-    doubt = (twice - once).norm(dim=1)
-    doubt = torch.maximum(doubt, doubt.nanmedian()) + 1e2*eps/h*G.norm(dim=1)
-    hidden = (seen - once).norm(dim=1) > size/10 + 5*doubt
-    if hidden.sum() > len(y)/100: raise ValueError(
-        "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with y "
-        "in a way that autograd does not see (once_differentiable, a detach, a compiled function or "
-        "numpy inside?); use curvature='fisher', or give the loss its own `derivatives`")
+    v = (2*signs - 1).to(y)*(1 + y.detach().abs())
+    def gradient(x): return torch.autograd.grad(loss_fn(x.requires_grad_(), *args).sum(), x)[0]
+    def change(x, h): return (gradient(x + h*v) - gradient(x - h*v))/(2*h)
+    def changes(x):
+        h = torch.finfo(x.dtype).eps**(1/3)
+        return change(x, h), change(x, 2*h), 1e2*torch.finfo(x.dtype).eps/h*G.norm(dim=1)
+    try: once, twice, noise = changes(y.detach().double())
+    except (RuntimeError, TypeError): once, twice, noise = changes(y.detach())
+    seen = products(v[None])[0].to(once)
+    size, doubt = seen.norm(dim=1).maximum(once.norm(dim=1)), (twice - once).norm(dim=1)
+    doubt = torch.maximum(doubt, doubt.nanmedian()) + noise
+    if ((seen - once).norm(dim=1) > size/10 + 5*doubt).sum() > len(y)/100: raise ValueError(
+        "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with "
+        "y in a way that autograd does not see (once_differentiable, a detach, a compiled function "
+        "or numpy inside?); use curvature='fisher', or give the loss its own `derivatives`")
 
-# %% ../../nbs/core/01_derivatives.ipynb #aabbf07d
-def sets_of_equal_size(
-    y:Float[Tensor, "N m"],    # Outputs
-    mask:Bool[Tensor, "N m"],  # True where an output is real
-    args:tuple=(),             # Arguments of the loss, one row per sample
-) -> Iterator[tuple]:          # Which samples, where their outputs are, and both without padding
-    "Batches without padding, one for each number of real outputs but zero"
+# %% ../../nbs/core/01_derivatives.ipynb #d186b929
+def sets_of_equal_size(y, mask:Bool[Tensor, "N m"], args:tuple=()) -> Iterator[tuple]:
+    "For each number of real outputs: which samples, where their outputs are, both without padding"
     sizes = mask.sum(1)
     for k in sizes.unique().tolist():
         if k == 0: continue
@@ -187,38 +168,27 @@ def sets_of_equal_size(
         more = tuple(cut(a) if isinstance(a, Tensor) and a.ndim else a for a in args)
         yield i, mask[i].nonzero()[:, 1].view(len(i), k), real(y), more
 
-def padded_losses(
-    loss_fn:Callable,          # Per-sample loss, for sets of any size
-    y:Float[Tensor, "N m"],    # Outputs
-    mask:Bool[Tensor, "N m"],  # True where an output is real
-    *args,                     # Further arguments of the loss
-) -> Float[Tensor, "N"]:       # One loss per sample, zero for an empty set
-    "Losses of padded sets"
+def padded_losses(loss_fn, y, mask:Bool[Tensor, "N m"], *args) -> Float[Tensor, "N"]:
+    "`sample_losses` of padded sets, zero for an empty set"
     loss = y.new_zeros(len(y))
     for i, _, part, more in sets_of_equal_size(y, mask, args):
         found = sample_losses(loss_fn, part, *more)
         loss = loss.to(found.dtype).index_copy(0, i, found)
     return loss
 
-# %% ../../nbs/core/01_derivatives.ipynb #76333d07
-def padded_derivatives(
-    loss_fn:Callable,          # Per-sample loss, for sets of any size
-    y:Float[Tensor, "N m"],    # Outputs
-    mask:Bool[Tensor, "N m"],  # True where an output is real
-    *args,                     # Further arguments of the loss
-    second:str|None=None,      # Second derivatives, as in `derivatives`
-    check:bool=True,           # As in `derivatives`
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N m"], Float[Tensor, "N ..."]|Callable|None]:
+# %% ../../nbs/core/01_derivatives.ipynb #42d8adbe
+def padded_derivatives(loss_fn, y, mask:Bool[Tensor, "N m"], *args, second=None, check=True):
     "`derivatives` of padded sets, zero at padding"
     (N, m), parts = y.shape, []
     loss, G = y.new_zeros(N), torch.zeros_like(y)
     H = {"full": y.new_zeros(N, m, m), "diagonal": torch.zeros_like(y)}.get(second)
     for i, at, part, more in sets_of_equal_size(y, mask, args):
         l, g, h = derivatives(loss_fn, part, *more, second=second, check=check)
-        loss[i], G[i[:, None], at] = l.to(loss), g.to(G)
-        if second == "full": H[i[:, None, None], at[:, :, None], at[:, None]] = h.to(H)
-        elif second == "diagonal": H[i[:, None], at] = h.to(H)
-        parts.append((i[:, None], at, h))
+        loss[i], i = l.to(loss), i[:, None]
+        G[i, at] = g
+        if second == "full": H[i[:, None], at[:, :, None], at[:, None]] = h
+        elif second == "diagonal": H[i, at] = h
+        parts.append((i, at, h))
     def products(V):
         out = torch.zeros_like(V)
         for i, at, h in parts: out[:, i, at] = h(V[:, i, at]).to(out)

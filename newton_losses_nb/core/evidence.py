@@ -25,11 +25,13 @@ class Batch(NamedTuple):
     weight: Float[Tensor, "*b N m"]|None=None # 1 where an output takes part; None: everywhere
 
     @property
-    def taken(self) -> Bool[Tensor, "*b N"]: # Which samples take part
+    def taken(self) -> Bool[Tensor, "*b N"]:
+        "Which samples take part"
         return self.weight.any(-1)
 
     @property
-    def n(self) -> Float[Tensor, "*b"]: # How many samples take part
+    def n(self) -> Float[Tensor, "*b"]:
+        "How many samples take part"
         if self.weight is not None: return self.taken.sum(-1).to(self.G)
         return self.G.new_full(self.G.shape[:-2], self.G.shape[-2])
 
@@ -37,90 +39,67 @@ class Batch(NamedTuple):
         axis, sizes = self.G.ndim - 2, [self.G.shape[-2], other.G.shape[-2]]
         def join(a, b):
             if isinstance(a, Tensor): return torch.cat([a, b], axis)
-            if a is None: return None
-            parts = lambda V: zip((a, b), V.split(sizes, axis + 1))
-            return lambda V: torch.cat([f(v) for f, v in parts(V)], axis + 1)
+            both = lambda V: zip((a, b), V.split(sizes, axis + 1))
+            return a and (lambda V: torch.cat([f(v) for f, v in both(V)], axis + 1))
         return Batch(*map(join, self, other))
-
-    def cut(
-        self,
-        i:Bool[Tensor, "*b N"],  # Samples to keep
-        real:Bool[Tensor, "m"],  # Outputs to keep
-    ) -> "Batch":
-        "Some samples, without the outputs that they lack"
-        H, part = self.H, lambda x: x[i][..., real]
-        if isinstance(H, Tensor): H = part(H) if H.ndim == self.G.ndim else H[i][:, real][..., real]
-        elif H is not None:
-            def H(V):
-                whole = V.new_zeros(len(V), *self.G.shape)
-                whole[:, i.unsqueeze(-1) & real] = V.flatten(1)
-                return self.H(whole)[:, i][..., real]
-        return Batch(self.loss[i], part(self.G), H, part(self.weight))
 
     def pooled(self, group): return self # Each sample is on its own
 
 # %% ../../nbs/core/02_evidence.ipynb #3a42c69c
 class Evidence(NamedTuple):
     "Sums over samples"
-    square: Float[Tensor, "*b m"]               # Squared gradients
-    count: Float[Tensor, "*b m"]                # How many samples have each output
-    samples: Float[Tensor, "*b"]                # How many samples there are
-    total: Float[Tensor, "..."]|None = None  # Curvatures (m, m), or their diagonals (m,)
-    rows: Float[Tensor, "*b M m"]|None = None   # Gradients whose outer products are the curvature
+    square: Float[Tensor, "*b m"]|None = None # Squared gradients
+    count: Float[Tensor, "*b m"]|None = None  # How many samples have each output
+    samples: Float[Tensor, "*b"]|None = None  # How many samples there are
+    total: Float[Tensor, "..."]|None = None   # Curvatures (*b, m, m), or their diagonals (*b, m)
+    rows: Float[Tensor, "*b M m"]|None = None # Gradients whose outer products are the curvature
 
     @classmethod
     def of(cls, b:Batch) -> "Evidence":
         "The sums that every direction may use"
-        n = b.n
-        count = n.unsqueeze(-1).expand(*n.shape, b.G.shape[-1]) if b.weight is None else b.weight.sum(-2)
-        return cls(b.G.square().sum(-2), count, n)
+        square = b.G.square().sum(-2)
+        if b.weight is not None: return cls(square, b.weight.sum(-2), b.n)
+        count = torch.full_like(square, b.G.shape[-2])
+        return cls(square, count, count[..., 0])
+
+    def map(self, f:Callable, rows:Callable) -> "Evidence":
+        "The sums through `f`, the rows through `rows`"
+        keep = lambda f, x: None if x is None else f(x)
+        return Evidence(*(keep(f, x) for x in self[:4]), keep(rows, self.rows))
 
     def __add__(self, other):
         sums = [None if a is None else a + b for a, b in zip(self[:4], other)]
         rows = None if self.rows is None else torch.cat([self.rows, other.rows], -2)
         return Evidence(*sums, rows)
 
-    def scaled(
-        self,
-        w:float, # Weight of all samples
-    ) -> "Evidence": # The sums for samples that count `w` each
-        "Evidence of less weight"
-        sums = [None if a is None else w*a for a in self[:4]]
-        return Evidence(*sums, None if self.rows is None else w**.5*self.rows)
+    def __rmul__(self, w:float): return self.map(lambda x: w*x, lambda x: w**.5*x)
+
+    def pooled(self, group:"Group") -> "Evidence":
+        "The sum over processes"
+        if group.size == 1: return self
+        widths = [0] if self.square is None else group.gather(self.square.shape[-1], self.square.device)
+        if len(set(widths)) > 1: raise ValueError(
+            f"y: expected equally many outputs in all processes, got {widths}")
+        return self.map(group.add, lambda x: group.cat(x)[0])
+
+    def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
+        "Of one batch, some outputs"
+        e = self.map(lambda x: x[..., real] if x.ndim else x, lambda x: x[:, real])
+        return e if e.total is None or e.total.ndim == 1 else e._replace(total=e.total[real])
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
-        "Mean curvature, each entry over the samples that have it; of rows, those of its square root"
-        n = self.count.clamp_min(1)
+        "Mean curvature, each entry over the samples that have it; of rows, those of its root"
+        n = self.count.where(self.count > 0, 1)
         if self.total is not None and self.total.ndim == n.ndim: return self.total/n
-        n = n.sqrt()
-        if self.rows is not None: return self.rows/n.unsqueeze(-2)
-        return self.total/n.unsqueeze(-1)/n.unsqueeze(-2)
+        n = n.sqrt().unsqueeze(-2)
+        return self.rows/n if self.total is None else self.total/n/n.mT
 
     @property
-    def mean_square(self) -> Float[Tensor, "*b"]: # Mean over outputs of the mean squared gradient
-        used = (self.count > 0).sum(-1).clamp_min(1)
-        return (self.square/self.count.clamp_min(1)).sum(-1)/used
-
-    def at(self, i:int) -> "Evidence":
-        "Of several batches, one"
-        return Evidence(*(None if x is None else x[i] for x in self))
-
-    def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
-        "Some outputs of one batch"
-        total = self.total
-        if total is not None: total = total[real] if total.ndim == 1 else total[real][:, real]
-        rows = None if self.rows is None else self.rows[:, real]
-        return Evidence(self.square[real], self.count[real], self.samples, total, rows)
-
-    def pooled(
-        self,
-        group, # A `Group`
-    ) -> "Evidence": # Of the samples of all processes
-        "The sum over processes"
-        if group.size == 1: return self
-        sums = [None if a is None else group.add(a) for a in self[:4]]
-        return Evidence(*sums, None if self.rows is None else group.cat(self.rows)[0])
+    def mean_square(self) -> Float[Tensor, "*b"]:
+        "Mean over outputs of the mean squared gradient"
+        used = self.count > 0
+        return (self.square/self.count.where(used, 1)).sum(-1)/used.sum(-1).clamp_min(1)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
@@ -133,52 +112,46 @@ class Group:
         group="auto", # A process group; "auto": all, if `torch.distributed` runs; None: this one
     ):
         on = group is not None and dist.is_available() and dist.is_initialized()
-        if not (on or group is None or isinstance(group, str) and group == "auto"): raise ValueError(
-            f"group: expected 'auto', None or a group of a running torch.distributed, got {group!r}")
-        self.group = None if isinstance(group, str) else group
+        auto = isinstance(group, str) and group == "auto"
+        if not (on or auto or group is None): raise ValueError(
+            "group: expected 'auto', None or a group of a running torch.distributed, got "
+            f"{group!r}")
+        self.group = None if auto else group
         self.size = dist.get_world_size(self.group) if on else 1
 
-    def add(
-        self,
-        x:Tensor, # Equally shaped in all processes
-    ) -> Tensor:  # The same in all
-        "Sum of a tensor over the processes"
+    def add(self, x:Tensor) -> Tensor:
+        "Sum of a tensor over the processes, the same in all"
         if self.size == 1: return x
         x = x.detach().clone().contiguous()
         dist.all_reduce(x, group=self.group)
         return x
 
-    def cat(
-        self,
-        rows:Float[Tensor, "*b N m"], # Of this process; the numbers of rows may differ
-    ) -> tuple[Float[Tensor, "*b M m"], int]:
+    def gather(self, size:int, device="cpu") -> list[int]:
+        "What the processes give, in their order"
+        sizes = torch.zeros(self.size, dtype=torch.long, device=device)
+        sizes[dist.get_rank(self.group)] = size
+        return self.add(sizes).tolist()
+
+    def cat(self, rows:Float[Tensor, "*b N m"]) -> tuple[Float[Tensor, "*b M m"], int]:
         "Rows of all processes, filled up with zeros, and where those of this process begin"
-        me = torch.zeros(self.size, 2, dtype=torch.long, device=rows.device)
-        me[dist.get_rank(self.group)] = torch.as_tensor(rows.shape[-2:], device=rows.device)
-        counts, widths = zip(*self.add(me).tolist())
-        if len(set(widths)) > 1: raise ValueError(
-            f"y: expected equally many outputs in all processes, got {list(widths)}")
+        counts = self.gather(rows.shape[-2], rows.device)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2])).contiguous()
         parts = [torch.empty_like(rows) for _ in counts]
         dist.all_gather(parts, rows, group=self.group)
         return torch.cat(parts, -2), max(counts)*dist.get_rank(self.group)
 
-    def together(
-        self,
-        work:Callable, # Called without arguments
-        device="cpu",  # Where messages between processes travel
-    ) -> Any:          # Its result
+    def together(self, work:Callable, device="cpu") -> Any:
         "What `work()` returns; if it fails in one process, all raise"
         if self.size == 1: return work()
         result = error = None
         try: result = work()
         except Exception as e: error = e
         kinds = [isinstance(error, k) for k in (NonFiniteError, SingularError, Exception)]
-        found = self.add(torch.as_tensor(kinds, device=device).int()).tolist()
-        if error is not None: raise error
-        if found[0]: raise NonFiniteError("y: expected finite outputs, losses and derivatives "
-                                          "in all processes, got others in another process")
-        if found[1]: raise SingularError("lam: C + λI is singular in another process")
-        if found[2]: raise RuntimeError("the loss raised an error in another process; its message "
-                                        "stands in that process's output")
+        nonfinite, singular, failed = self.add(torch.as_tensor(kinds, device=device).int()).tolist()
+        if error is not None and not (nonfinite and isinstance(error, SingularError)): raise error
+        if nonfinite: raise NonFiniteError("y: expected finite outputs, losses and derivatives in "
+                                           "all processes, got others in another process")
+        if singular: raise SingularError("lam: C + λI is singular in another process")
+        if failed: raise RuntimeError("the loss raised an error in another process; its message "
+                                      "stands in that process's output")
         return result

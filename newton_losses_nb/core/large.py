@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .derivatives import BUDGET
 from .evidence import Batch, Evidence, Group
-from .newton import Scalar
+from .newton import Damped
 from .solves import damping, number, random_signs
 
 # %% ../../nbs/core/06_large.ipynb #802ef610
@@ -27,12 +27,12 @@ class CGResult(NamedTuple):
     iterations: int                # Products that were asked for
 
 def conjugate_gradient(
-    product:Callable,          # `product(V)`: rows C V_k; C symmetric
-    b:Float[Tensor, "*b m"],   # Right-hand sides
-    lam:Float[Tensor, "*b"],   # Damping λ of each
-    tol:float=1e-5,            # Wanted relative residual; 0: `max_iter` products, reading no number
-    max_iter:int=100,          # Most products
-) -> CGResult:                 # Solutions of (C + λI) x = b, and how well they were reached
+    product:Callable,        # `product(V)`: rows C V_k; C symmetric
+    b:Float[Tensor, "*b m"], # Right-hand sides
+    lam:Float[Tensor, "*b"], # Damping λ of each
+    tol:float=1e-5,          # Wanted relative residual; 0: `max_iter` products, reading no number
+    max_iter:int=100,        # Most products
+) -> CGResult:               # Solutions of (C + λI) x = b, and how well they were reached
     "Conjugate gradients for several right-hand sides, stopped at negative curvature"
     tiny, eps = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
     size = b.abs().amax(-1, keepdim=True).clamp_min(tiny)
@@ -66,12 +66,12 @@ class Products(NamedTuple):
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
         "Products with the mean Hessian, each entry a mean over the samples that have it"
-        root = self.sums.count.clamp_min(1).sqrt().unsqueeze(-2)
+        root = self.sums.count.where(self.sums.count > 0, 1).sqrt().unsqueeze(-2)
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root
 
-# %% ../../nbs/core/06_large.ipynb #4f88593b
-class Krylov(Scalar):
+# %% ../../nbs/core/06_large.ipynb #236cbcd5
+class Krylov(Damped):
     "Newton step for the mean Hessian by conjugate gradients, for very many outputs"
     second = "products"
     def __init__(
@@ -81,7 +81,8 @@ class Krylov(Scalar):
         max_iter:int=100,              # Most products with the Hessian
     ):
         super().__init__(lam)
-        self.tol, self.max_iter = number("tol", tol, 0, 1), int(number("max_iter", max_iter, 1))
+        self.tol = number("tol", tol, 0, 1)
+        self.max_iter = number("max_iter", max_iter, 1, whole=True)
         self.last = None
 
     def observe(self, b):
@@ -98,12 +99,13 @@ class Krylov(Scalar):
             both, start = group.cat(torch.cat([G, real], -1))
             G, real = both.chunk(2, -1)
         signs = random_signs(8, G).expand(*G.shape[:-2], -1, -1)
-        bounded = not isinstance(self.lam, float)
-        size = e.mean(signs).square().mean((-2, -1)).sqrt().unsqueeze(-1) if bounded else None
+        size = None
+        if not isinstance(self.lam, float):
+            size = e.mean(signs).square().mean((-2, -1)).sqrt().unsqueeze(-1)
         lam = damping(self.lam, e.sums, size).unsqueeze(-1).expand(G.shape[:-1])
         found = conjugate_gradient(lambda V: real*e.mean(real*V), G, lam, self.tol, self.max_iter)
         self.last, D = found._replace(x=None), found.x
-        if bounded:
+        if self.lam == "auto":
             length = torch.linalg.vector_norm(G, dim=-1)/lam/torch.linalg.vector_norm(D, dim=-1)
             D = D*length.nan_to_num(1).clamp_max(1).unsqueeze(-1)
         return D.narrow(-2, start, N)

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from .evidence import Evidence
-from .newton import Direction, PerSample, number
+from .newton import Direction, PerSample, one_line
+from .solves import number
 
 # %% ../../nbs/core/05_memory.ipynb #02d327a4
 class Memory(nn.Module):
-    "Sums of evidence over time; what they remember is in the `state_dict` of whatever holds them"
-    def __init__(self):
-        super().__init__()
-        self.reset()
+    "Sums of evidence over time; what is remembered lies in the `state_dict` of whatever holds it"
+    __repr__ = one_line
+    past = ()
 
     def reset(self):
         "Forget everything"
-        self.past = []
+        self.past = ()
 
-    def keep(self, past:list[Evidence]):
+    def keep(self, past):
         "Remember this, unless a checkpoint computes a batch again"
         if torch._C._current_graph_task_id() != -1: raise RuntimeError(
             "a Newton loss with a memory cannot be recomputed by torch.utils.checkpoint, since it "
@@ -33,24 +33,18 @@ class Memory(nn.Module):
     def get_extra_state(self): return [type(self).__name__, [tuple(e) for e in self.past]]
 
     def set_extra_state(self, state):
-        kind, past = state
-        if kind != type(self).__name__: raise ValueError(
-            f"memory: expected the state of a {type(self).__name__}, got that of a {kind}")
-        self.past = [Evidence(*e) for e in past]
+        if state[0] != type(self).__name__: raise ValueError(
+            f"memory: expected the state of a {type(self).__name__}, got that of a {state[0]}")
+        self.past = [Evidence(*e) for e in state[1]]
 
-    def recall(
-        self,
-        e:Evidence,      # Of the new batch
-    ) -> list[Evidence]: # Of the past, on its device
-        "What is remembered, if it fits to new evidence"
-        kind = lambda e: [None if x is None else (x.ndim, x.shape[-1]) for x in (e.square, e.total, e.rows)]
+    def recall(self, e:Evidence) -> list[Evidence]:
+        "What is remembered, on the device of new evidence and of its kind"
+        kind = lambda e: [None if x is None else (x.ndim, x.shape[-1]) for x in e[:2] + e[3:]]
         for p in self.past:
             if kind(p) != kind(e): raise ValueError(
-                f"memory: expected evidence like that remembered, outputs and ndim {kind(p)}, got "
-                f"{kind(e)}; reset() it for another task, or pad all batches to one width")
-        return [Evidence(*(None if x is None else x.to(e.square) for x in p)) for p in self.past]
-
-    __repr__ = Direction.__repr__
+                f"memory: expected evidence like that remembered, dimensions and outputs {kind(p)},"
+                f" got {kind(e)}; reset() it for another task, or pad all batches to one width")
+        return [p.map(lambda x: x.to(e.square), lambda x: x.to(e.square)) for p in self.past]
 
 # %% ../../nbs/core/05_memory.ipynb #790c593b
 class Window(Memory):
@@ -60,7 +54,7 @@ class Window(Memory):
         length:int,  # Number of batches, the present one included
     ):
         super().__init__()
-        self.length = int(number("length", length, 1))
+        self.length = number("length", length, 1, whole=True)
 
     def forward(self, e):
         "The present evidence with that of the batches before it, and what to keep"
@@ -79,7 +73,7 @@ class MovingAverage(Memory):
 
     def forward(self, e):
         "The present evidence with what is left of the past, and what to keep"
-        e = sum((p.scaled(self.decay) for p in self.recall(e)), e)
+        e = sum((self.decay*p for p in self.recall(e)), e)
         return e, [e if e.rows is None else e._replace(rows=_compressed(e.rows))]
 
 def _compressed(rows):
@@ -97,11 +91,17 @@ class Remembering(Direction):
         memory:Memory,       # `Window(length)` or `MovingAverage(decay)`
     ):
         super().__init__()
-        if not isinstance(memory, Memory): raise TypeError(
-            f"memory: expected a Window or a MovingAverage, got {memory!r}")
-        if not isinstance(direction, Direction) or type(direction) in (PerSample, Remembering): raise TypeError(
+        sums = isinstance(direction, Direction) and not isinstance(direction, PerSample)
+        if not sums or direction.second == "products" or direction.memory: raise TypeError(
             f"direction: expected one whose evidence adds up over batches, got {direction!r}")
-        self.direction, self.memory, self.second = direction, memory, direction.second
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory: expected a Window or a MovingAverage, got {memory!r}")
+        self.direction, self.second = direction, direction.second
+        self.__dict__["memory"] = self._modules["memory"] = memory
+
+    def reset(self):
+        "Forget everything"
+        self.memory.reset()
 
     def observe(self, b): return self.direction.observe(b)
 

@@ -17,9 +17,9 @@ def target_loss(
     y:Float[Tensor, "*batch m"],      # Network outputs
     z_star:Float[Tensor, "*batch m"], # Where they should go; treated as a constant
 ) -> Float[Tensor, ""]:               # Mean over the samples of half the squared distance
-    "Half the squared distance ½‖z⋆ − y‖² of outputs to their targets, mean over samples (paper, Eq. 2b)"
-    if y.shape != z_star.shape:
-        raise ValueError(f"z_star: expected the shape of y, {tuple(y.shape)}, got {tuple(z_star.shape)}")
+    "Half the squared distance ½‖z⋆ − y‖² of outputs to their targets (paper, Eq. 2b)"
+    if y.shape != z_star.shape: raise ValueError(
+        f"z_star: expected the shape of y, {tuple(y.shape)}, got {tuple(z_star.shape)}")
     return (y - z_star.detach()).square().sum(-1).mean() / 2
 
 # %% ../../nbs/core/00_splitting.ipynb #b50fccf0
@@ -33,7 +33,8 @@ def gradient_target(
     y = y.detach().requires_grad_()
     with torch.enable_grad():
         loss = loss_fn(y, *args)
-        if loss.shape != y.shape[:1]: raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), got {tuple(loss.shape)}")
+        if loss.shape != y.shape[:1]: raise ValueError(
+            f"loss_fn: expected one loss per sample, shape ({len(y)},), got {tuple(loss.shape)}")
         G, = torch.autograd.grad(loss.sum(), y)
     return (y - lr*G).detach()
 

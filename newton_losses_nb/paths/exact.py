@@ -6,11 +6,9 @@
 __all__ = ['shortest_path', 'path_cost', 'exact_path_match', 'is_valid_path', 'regret', 'cost_optimality']
 
 # %% ../../nbs/paths/00_exact.ipynb #1d0317e6
-import functools
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 # %% ../../nbs/paths/00_exact.ipynb #80072686
@@ -95,16 +93,16 @@ def _distances(
     return d, settled
 
 # %% ../../nbs/paths/00_exact.ipynb #d92551bf
-_NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
 
 # %% ../../nbs/paths/00_exact.ipynb #08c9304b
 def _predecessors(
-    d:Float[Tensor, "H+2 W+2 B"],  # Distances with a border
+    d:Float[Tensor, "H2 W2 B"],    # Distances with a border, H2 = H + 2
 ) -> tuple:                        # Number of the neighbour `(H, W, B)`, and its distance
     "First of the nearest neighbours of each cell, in row-major order"
-    best = _shift(d, *_NEIGHBOURS[0])
+    best = _shift(d, *NEIGHBOURS[0])
     which = torch.zeros_like(best, dtype=torch.int64)
-    for k, o in enumerate(_NEIGHBOURS[1:], 1):
+    for k, o in enumerate(NEIGHBOURS[1:], 1):
         near = _shift(d, *o)
         which.masked_fill_(near < best, k)
         best = torch.minimum(best, near)
@@ -118,7 +116,7 @@ def _walk(
 ) -> Tensor:                       # Cells on the path, `(H, W, B)`, bool
     "Follow the predecessors from the bottom right corner to the top left one"
     H, W, B = which.shape
-    steps = torch.tensor([i*W + j for i, j in _NEIGHBOURS], device=which.device)
+    steps = torch.tensor([i*W + j for i, j in NEIGHBOURS], device=which.device)
     before = (torch.arange(H*W, device=which.device)[:, None] + steps[which.reshape(H*W, B)])
     before[0] = 0
     at = torch.full((1, B), H*W - 1, device=which.device)
@@ -131,17 +129,17 @@ def _walk(
 
 # %% ../../nbs/paths/00_exact.ipynb #b4ff6137
 def _hops(
-    d:Float[Tensor, "H+2 W+2 B"],  # Distances with a border
+    d:Float[Tensor, "H2 W2 B"],    # Distances with a border, H2 = H + 2
     best:Float[Tensor, "H W B"],   # Distance of the nearest neighbour
 ) -> Float[Tensor, "H+2 W+2 B"]:   # Fewest steps of a cheapest path to each cell
     "Steps from the start on paths of smallest cost"
-    tight = [_shift(d, *o) == best for o in _NEIGHBOURS]
+    tight = [_shift(d, *o) == best for o in NEIGHBOURS]
     hops = torch.full_like(d, torch.inf)
     hops[1, 1] = 0
     inner = hops[1:-1, 1:-1]
     while True:
         before = hops.clone()
-        for t, o in zip(tight, _NEIGHBOURS): torch.minimum(inner, torch.where(t, _shift(hops, *o) + 1, torch.inf), out=inner)
+        for t, o in zip(tight, NEIGHBOURS): torch.minimum(inner, torch.where(t, _shift(hops, *o) + 1, torch.inf), out=inner)
         if torch.equal(hops, before): return hops
 
 def _off_plateaus(d, which, best):
@@ -150,12 +148,12 @@ def _off_plateaus(d, which, best):
     flat[0, 0] = False
     if not flat.any(): return which
     hops = _hops(d, best)
-    rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf) for o in _NEIGHBOURS])
+    rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf) for o in NEIGHBOURS])
     return torch.where(flat, rank.argmin(0), which)
 
 # %% ../../nbs/paths/00_exact.ipynb #3bb46b12
 def _careful_walk(
-    d:Float[Tensor, "B H+2 W+2"],     # Distances with a border
+    d:Float[Tensor, "B H2 W2"],       # Distances with a border, H2 = H + 2
 ) -> Bool[Tensor, "B H W"]:           # Cells on the path
     "The walk back by the predecessors of all cells, plateaus included"
     d = d.permute(1, 2, 0)
@@ -163,7 +161,7 @@ def _careful_walk(
 
 # %% ../../nbs/paths/00_exact.ipynb #6c63209d
 def _fast_walk(
-    d:Float[Tensor, "B+1 H+2 W+2"],   # Distances as `_distances` gives them; a corner of the border is overwritten
+    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner of the border is overwritten
     n_iter:int|None=None,             # Number of steps; None: until all have arrived, or met a plateau
 ) -> tuple:                           # 1 on the path, `(B, H, W)`; maps that met a plateau or did not arrive, `(B,)`
     "The walk back, looking at no cells but those beside the path"
@@ -186,28 +184,54 @@ def _fast_walk(
 
 # %% ../../nbs/paths/00_exact.ipynb #9a84f485
 def shortest_path(
-    cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0
+    cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0; infinite: a wall
     n_iter:int|None=None,              # Sweeps, and steps back, without a look at the numbers; None: as many as needed
 ) -> Float[Tensor, "*batch H W"]:      # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
-    if n_iter is None: _check_cost(cost)
-    elif not isinstance(n_iter, int) or n_iter < 1: raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got {n_iter!r}")
-    else: _check_grid("cost", cost)
+    if n_iter is not None: _check_steps(n_iter)
+    check_grid("cost", cost)
     if not cost.numel(): return torch.zeros_like(cost)
+    if torch._C._are_functorch_transforms_active():
+        return _Mapped.apply(cost.detach(), n_iter)
+    if n_iter is None: _check_cost(cost)
     H, W = cost.shape[-2:]
-    solve = _solve if n_iter is None else functools.partial(_solve_fixed, n_iter=n_iter)
-    parts = [solve(c) for c in _wide(cost.detach()).reshape(-1, H, W).split(max(1, 2**22//(H*W)))]
-    return torch.cat(parts).reshape(cost.shape).to(cost.dtype)
+    size, maps = max(1, 2**22//(H*W)), widened(cost.detach()).reshape(-1, H, W)
+    parts = [(k, maps[k:k+size]) for k in range(0, len(maps), size)]
+    if n_iter is None: paths = [_solve(c, k, cost.shape[:-2]) for k, c in parts]
+    else: paths = [_solve_fixed(c, n_iter) for _, c in parts]
+    return torch.cat(paths).reshape(cost.shape).to(cost.dtype)
 
-def _solve(cost):
+def _solve(
+    cost:Float[Tensor, "B H W"],  # Costs of some of the maps
+    first:int,                    # Number of the first of them
+    batch:torch.Size,             # Leading dimensions of all maps
+) -> Float[Tensor, "B H W"]:      # Their paths
+    "Paths of some maps; the error for a map without one names it"
     d, _ = _distances(cost)
-    if not d[1:, -2, -2].isfinite().all(): raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, got one beyond {torch.finfo(cost.dtype).max:.1e}")
+    reached = d[1:, -2, -2].isfinite()
+    if not reached.all(): _refuse_map(cost, reached, first, batch)
     path, left = _fast_walk(d)
     if left.any():
         d = d[1:][left]
         d[:, 0, 0] = torch.inf
         path[left] = _careful_walk(d).to(path.dtype)
     return path
+
+# %% ../../nbs/paths/00_exact.ipynb #a3d05b12
+class _Mapped(torch.autograd.Function):
+    "The same for transforms of `torch.func`, which cannot follow decisions by numbers"
+    @staticmethod
+    def forward(cost, n_iter): return shortest_path(cost, n_iter)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info, in_dims, cost, n_iter):
+        return shortest_path(cost.movedim(in_dims[0], 0), n_iter), 0
+
+    @staticmethod
+    def backward(ctx, g): return None, None
 
 # %% ../../nbs/paths/00_exact.ipynb #4a3ce941
 def _solve_fixed(cost, n_iter):
@@ -220,49 +244,74 @@ def _solve_fixed(cost, n_iter):
     return path.masked_fill((left | ~settled)[:, None, None], torch.nan)
 
 # %% ../../nbs/paths/00_exact.ipynb #379edd60
-def _check_grid(name, x, floating=True):
+def check_grid(name, x, floating=True):
     if not isinstance(x, Tensor) or floating and not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.ndim < 2 or 0 in x.shape[-2:]: raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
 
-def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+def check_same_shape(name, x, other, y):
+    if x.shape != y.shape: raise ValueError(
+        f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
+
+def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+
+# %% ../../nbs/paths/00_exact.ipynb #5c0e1a77
+def _check_steps(n_iter):
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
+        raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got {n_iter!r}")
 
 def _check_cost(cost):
-    _check_grid("cost", cost)
-    if not cost.numel(): return
-    low, high = cost.detach().aminmax()
-    if (low >= 0) & (high < torch.inf): return
-    bad = cost[~((cost >= 0) & cost.isfinite())]
-    what = [f"{int(n)} {k}" for k, n in (("NaN", bad.isnan().sum()), ("infinite", bad.isinf().sum()), ("negative", (bad < 0).sum() - (bad == -torch.inf).sum())) if n]
-    raise ValueError(f"cost: expected finite numbers, at least 0, got {', '.join(what)} out of {cost.numel()}")
+    if cost.detach().amin() >= 0: return
+    nan, negative = int(cost.isnan().sum()), int((cost < 0).sum())
+    got = ", ".join(f"{n} {k}" for n, k in ((nan, "NaN"), (negative, "negative")) if n)
+    hint = "; if noise made them negative, raise them first: floor=1e-3, or cost.clamp(min=1e-3)"
+    raise ValueError(f"cost: expected numbers, at least 0 (infinity is a wall), "
+                     f"got {got} out of {cost.numel()}{hint if negative else ''}")
+
+def _refuse_map(cost, reached, first, batch):
+    "Why the first map whose goal is not reached has no path"
+    k = int((~reached).nonzero()[0])
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first + k), batch or (1,)))
+    name = f"map {index if len(index) > 1 else index[0]}" if batch else "the map"
+    c = cost[k]
+    for corner, end in (("top left", c[0, 0]), ("bottom right", c[-1, -1])):
+        if end.isinf(): raise ValueError(f"cost: expected finite costs at both ends, "
+                                         f"got a wall in the {corner} corner of {name}")
+    if _distances(torch.where(c.isinf(), c, 0.)[None])[0][1, -2, -2].isinf(): raise ValueError(
+        f"cost: expected a path around the walls (infinite costs), {name} has none")
+    raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, "
+                     f"got one beyond {torch.finfo(cost.dtype).max:.1e} on {name}")
 
 # %% ../../nbs/paths/00_exact.ipynb #4e3c06a5
 def path_cost(
-    cost:Float[Tensor, "*batch H W"], # Cost of each cell
-    path:Float[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
-) -> Float[Tensor, "*batch"]:         # Sum of the costs on the path
+    cost:Float[Tensor, "*batch H W"],  # Cost of each cell
+    path:Shaped[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
+) -> Float[Tensor, "*batch"]:          # Sum of the costs on the path
     "What a path costs, in float32 at least"
-    return (_wide(cost)*_wide(path)).sum((-2, -1))
+    beside = (path == 0) & cost.isinf()
+    return (widened(cost)*widened(path)).masked_fill(beside, 0).sum((-2, -1))
 
 def exact_path_match(
-    path:Float[Tensor, "*batch H W"],   # Predicted path
-    target:Float[Tensor, "*batch H W"], # True path
-) -> Bool[Tensor, "*batch"]:            # Is every cell the same?
+    path:Shaped[Tensor, "*batch H W"],   # Predicted path
+    target:Shaped[Tensor, "*batch H W"], # True path
+) -> Bool[Tensor, "*batch"]:             # Is every cell the same?
     "Whether two paths are the same"
-    _same_shape("path", path, "target", target)
-    return (_wide(path) - _wide(target)).abs().sum((-2, -1)) < 0.5
+    check_same_shape("path", path, "target", target)
+    return (widened(path) - widened(target)).abs().sum((-2, -1)) < 0.5
 
 # %% ../../nbs/paths/00_exact.ipynb #9b21b99a
 def is_valid_path(
-    path:Float[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
-) -> Bool[Tensor, "*batch"]:          # Does it lead from corner to corner? Loops are not found
+    path:Shaped[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
+) -> Bool[Tensor, "*batch"]:           # Does it lead from corner to corner? Loops are not found
     "Whether cells lead from the top left to the bottom right corner, in one piece and without dead ends"
-    _check_grid("path", path, floating=False)
+    check_grid("path", path, floating=False)
     H, W = path.shape[-2:]
     grid = path.detach().reshape(-1, H, W).permute(1, 2, 0).contiguous()
     on = grid == 1
     border = F.pad(on.to(torch.int8), (0, 0, 1, 1, 1, 1))
-    touches = sum(_shift(border, *o) for o in _NEIGHBOURS)
+    touches = sum(_shift(border, *o) for o in NEIGHBOURS)
     touches[0, 0] += 1; touches[-1, -1] += 1
     walls = torch.full(on.shape, torch.inf, dtype=torch.float32, device=on.device).masked_fill_(on, 1)
     reached = _distances(walls.permute(2, 0, 1))[0][1:, 1:-1, 1:-1].isfinite().permute(1, 2, 0)
@@ -272,21 +321,18 @@ def is_valid_path(
 # %% ../../nbs/paths/00_exact.ipynb #32140765
 def regret(
     cost:Float[Tensor, "*batch H W"],  # True costs
-    path:Float[Tensor, "*batch H W"],  # Predicted path
+    path:Shaped[Tensor, "*batch H W"], # Predicted path
 ) -> Float[Tensor, "*batch"]:          # At least 0 for a path from corner to corner, in the unit of `cost`
     "What a predicted path costs more than the cheapest one"
-    _same_shape("path", path, "cost", cost)
+    check_same_shape("path", path, "cost", cost)
     return path_cost(cost, path) - path_cost(cost, shortest_path(cost))
 
 def cost_optimality(
     cost:Float[Tensor, "*batch H W"],  # True costs
-    path:Float[Tensor, "*batch H W"],  # Predicted path
+    path:Shaped[Tensor, "*batch H W"], # Predicted path
     rel:float=1e-3,                    # Accepted excess, as a fraction of the smallest cost
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
-    _same_shape("path", path, "cost", cost)
+    check_same_shape("path", path, "cost", cost)
     best = path_cost(cost, shortest_path(cost))
     return is_valid_path(path) & (path_cost(cost, path) - best <= rel*best)
-
-def _same_shape(name, x, other, y):
-    if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")

@@ -7,20 +7,20 @@ __all__ = ['relaxed_bellman_ford', 'path_loss']
 
 # %% ../../nbs/paths/01_relaxed.ipynb #43a070c1
 import itertools
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.curvature import _needs_plain
-from .exact import _NEIGHBOURS, _check_grid, _same_shape, _wide
+from .exact import NEIGHBOURS, check_grid, check_same_shape, widened
 
 # %% ../../nbs/paths/01_relaxed.ipynb #b010533b
 def _near(padded):
     "The eight neighbours of each cell, in row-major order: `(B, H+2, W+2)` to `(B, 8, H, W)`"
     H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
-    return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in _NEIGHBOURS], 1)
+    return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in NEIGHBOURS], 1)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #3ff50ed4
 def _relaxed_distances(
@@ -58,7 +58,7 @@ def _inflow(
 ) -> Float[Tensor, "B 8 H W"]:    # Probability with which each neighbour comes from this cell
     "Transpose of the predecessors' weights"
     padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
-    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W] for k, (i, j) in enumerate(_NEIGHBOURS)], 1)
+    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W] for k, (i, j) in enumerate(NEIGHBOURS)], 1)
 
 def _plain_walk(cost, beta, n_iter, steps):
     "Where the soft walk is at each step, `(B, H, W)` each, after `n_iter` sweeps"
@@ -80,7 +80,7 @@ class _Flat:
     def inner(self, x): return x.narrow(0, self.edge, self.C)
     def border(self, x): return x.view(*x.shape[:-2], self.H, self.W + 2, self.B)[..., self.W:, :]
     def grids(self, x): return x.view(*x.shape[:-2], self.H, self.W + 2, self.B)[..., :self.W, :].movedim(-1, -3)
-    def moved(self, x): return [x.narrow(0, self.edge + i*(self.W + 2) + j, self.C) for i, j in _NEIGHBOURS]
+    def moved(self, x): return [x.narrow(0, self.edge + i*(self.W + 2) + j, self.C) for i, j in NEIGHBOURS]
 
     def look_around(self, x, out):
         "Copy the neighbours of all cells, `(8, C, B)`"
@@ -150,6 +150,14 @@ def _walk_backward(g, at, shape, kept, beta):
         u.sub_((flat.inner(after) + step).sub_(1)).mul_(e).mul_(now)
     return flat.grids(g_step)*beta
 
+# %% ../../nbs/paths/01_relaxed.ipynb #b82c9d05
+def _needs_plain(x):
+    "Is `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
+    batched = torch._C._functorch.is_legacy_batchedtensor(x)
+    transformed = batched or torch._C._are_functorch_transforms_active()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or type(x) is not Tensor or transformed or forward_mode
+
 # %% ../../nbs/paths/01_relaxed.ipynb #06634162
 class _Walk(torch.autograd.Function):
     @staticmethod
@@ -202,19 +210,28 @@ def relaxed_bellman_ford(
 ) -> Float[Tensor, "*batch H W"]:      # How much each cell belongs to the path, between 0 and 1
     "Shortest path by the relaxed Bellman-Ford algorithm (Petersen et al., NeurIPS 2021)"
     _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon)
+    beta = float(beta)
     H, W = cost.shape[-2:]
     n = H + W if n_iter is None else n_iter
-    at, grids = _soft_walk(_wide(cost).reshape(-1, H, W), beta, n, n if loop == "for" else max_iter or n + 16)
+    at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n, n if loop == "for" else max_iter or n + 16)
     tracked = list(itertools.accumulate(at, lambda a, b: _T_CONORMS[t_conorm](a, b, q)))
     path = grids(tracked[-1]) if loop == "for" else _while_mean(grids(torch.stack(tracked)), beta, epsilon)
     return path.reshape(cost.shape).to(cost.dtype)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #d681f3b8
+def _is_number(x):
+    "Is `x` a number of Python or NumPy, or a tensor that is one? A bool is not"
+    if isinstance(x, Tensor): return x.ndim == 0 and x.dtype != torch.bool
+    return isinstance(x, Real) and not isinstance(x, bool)
+
 def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
-    _check_grid("cost", cost)
-    if not isinstance(beta, (int, float)) or not 0 < beta < float("inf"): raise ValueError(f"beta: expected a positive number, got {beta!r}")
+    check_grid("cost", cost)
+    if not _is_number(beta) or not 0 < beta < float("inf"):
+        raise ValueError(f"beta: expected a positive number, got {beta!r}")
     for name, n in (("n_iter", n_iter), ("max_iter", max_iter)):
-        if n is not None and (not isinstance(n, int) or n < 1): raise ValueError(f"{name}: expected a whole number, at least 1, or None, got {n!r}")
+        whole = n is None or isinstance(n, int) and not isinstance(n, bool) and n >= 1
+        if not whole:
+            raise ValueError(f"{name}: expected a whole number, at least 1, or None, got {n!r}")
     if loop not in ("for", "while"): raise ValueError(f"loop: expected 'for' or 'while', got {loop!r}")
     if not q >= 0: raise ValueError(f"q: expected a number, at least 0, got {q!r}")
     if not 0 <= epsilon < 1: raise ValueError(f"epsilon: expected a number, at least 0 and below 1, got {epsilon!r}")
@@ -222,13 +239,13 @@ def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
 
 # %% ../../nbs/paths/01_relaxed.ipynb #d8e30603
 def path_loss(
-    path:Float[Tensor, "N ..."],   # Predicted paths, soft or hard
-    target:Float[Tensor, "N ..."], # True paths, of the same shape
-    kind:str="l1",                 # "l1": absolute, "l2": squared difference
-    reduction:str="mean",          # Over the cells: "mean" or "sum"
-) -> Float[Tensor, "N"]:           # One loss per sample
+    path:Float[Tensor, "N ..."],    # Predicted paths, soft or hard
+    target:Shaped[Tensor, "N ..."], # True paths, of the same shape
+    kind:str="l1",                  # "l1": absolute, "l2": squared difference
+    reduction:str="mean",           # Over the cells: "mean" or "sum"
+) -> Float[Tensor, "N"]:            # One loss per sample
     "How far paths are from the true ones"
-    _same_shape("path", path, "target", target)
+    check_same_shape("path", path, "target", target)
     if kind not in ("l1", "l2"): raise ValueError(f"kind: expected 'l1' or 'l2', got {kind!r}")
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     diff = (path - target.to(path.dtype)).flatten(1)

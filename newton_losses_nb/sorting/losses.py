@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..core.curvature import NonFiniteError
+from ..core.derivatives import NonFiniteError
 from newton_losses_nb.sorting.relaxations import (
-    _centred, _check_ranking, _positive, _scaled_back, log_complement, neural_sort, ranking_loss, soft_sort,
+    centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss, soft_sort,
     true_permutation)
-from .networks import _SIGMOIDS, comparators, network_derivatives, sorting_network
+from .networks import SIGMOIDS, comparators, network_derivatives, sorting_network
 
 # %% ../../nbs/sorting/02_losses.ipynb #52625f3a
 _all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort", "sorting_network", "true_permutation"]
@@ -36,9 +36,9 @@ class SortingLoss(nn.Module):
         fuse:bool=False,              # Let `torch.compile` fuse the derivatives of NeuralSort and SoftSort? Takes a while at first, and a compiler
     ):
         super().__init__()
-        choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **_SIGMOIDS}
+        choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **SIGMOIDS}
         if relaxation not in choices: raise ValueError(f"relaxation: expected one of {', '.join(choices)}, got {relaxation!r}")
-        _positive("tau", tau); _positive("steepness", steepness)
+        check_positive("tau", tau); check_positive("steepness", steepness)
         self.relaxation, self.kind, self.tau, self.steepness, self.network = relaxation, kind, tau, steepness, network
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
@@ -148,19 +148,24 @@ _SOFTMAX = {"neural_sort": _neural_derivatives, "soft_sort": _soft_derivatives}
 _ROWS = {"cross_entropy": _cross_entropy_rows, "bce": _bce_rows}
 
 @patch
-def _derivatives(self:SortingLoss, s, P_true, hessian):
+def _derivatives(
+    self:SortingLoss,
+    s:Float[Tensor, "N n"],         # Scores
+    P_true:Float[Tensor, "N n n"],  # True permutation matrices
+    hessian:bool=True,              # Second derivatives too?
+) -> tuple: # Losses (N,), gradients (N, n), and Hessians (N, n, n) or None
     "Losses, gradients, and Hessians if wanted"
-    _check_ranking(s.unsqueeze(-1).expand(*s.shape, s.shape[-1]), P_true, self.kind)
+    check_ranking((*s.shape, *s.shape[-1:]), P_true, self.kind, s.device)
     if self.relaxation not in _SOFTMAX:
         return network_derivatives(s, P_true, self.kind, self.network, self.relaxation, self.steepness, hessian)
-    z, gain = _centred(s, 1/self.tau)
+    z = centred(s, 1/self.tau)
     n, T = z.shape[-1], P_true.to(z.dtype)
     if n == 1: return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(*z.shape, 1) if hessian else None
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
     loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(), _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
-    G, H = _scaled_back(G.mT/entries, H.permute(2, 0, 1)/entries if hessian else None, gain)
-    return loss/entries, G, H
+    H = H.permute(2, 0, 1)/(entries*self.tau**2) if hessian else None
+    return loss/entries, G.mT/(entries*self.tau), H
 
 # %% ../../nbs/sorting/02_losses.ipynb #35ccf39e
 @functools.cache
@@ -184,7 +189,14 @@ def element_match(
 
 # %% ../../nbs/sorting/02_losses.ipynb #59df15de
 def _same_place(scores, labels):
-    if scores.shape != labels.shape: raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
+    if scores.shape != labels.shape:
+        raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
     for name, x in (("scores", scores), ("labels", labels)):
         if x.isnan().any(): raise NonFiniteError(f"{name}: expected numbers, got {int(x.isnan().sum())} NaN")
-    return scores.argsort(dim=-1, stable=True) == labels.argsort(dim=-1, stable=True)
+    order = scores.argsort(dim=-1, stable=True)
+    return (order == labels.argsort(dim=-1, stable=True)) & ~_undecided(scores, labels).gather(-1, order)
+
+def _undecided(scores, labels):
+    "Elements with the score of another one whose label differs"
+    equal, differ = (f(x.unsqueeze(-1), x.unsqueeze(-2)) for f, x in ((torch.eq, scores), (torch.ne, labels)))
+    return (equal & differ).any(-1)

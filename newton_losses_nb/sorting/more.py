@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .relaxations import _centred, _positive
+from .relaxations import centred, check_positive, log_add_exp, log_sigmoid, log_sum_exp
 
 # %% ../../nbs/sorting/03_more.ipynb #33e05a60
 def expected_ranks(
@@ -30,7 +30,7 @@ def _transport_start(z):
     n = z.shape[-1]
     anchor = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device)
     d = z.unsqueeze(-1) - z.unsqueeze(-2)
-    return anchor.unsqueeze(-1)*z.unsqueeze(-2) - (d - F.logsigmoid(2*d)).sum(-1).unsqueeze(-2)
+    return anchor.unsqueeze(-1)*z.unsqueeze(-2) - (d - log_sigmoid(2*d)).sum(-1).unsqueeze(-2)
 
 def _sinkhorn(L, n_iter):
     for _ in range(n_iter): L = L.log_softmax(-1).log_softmax(-2)
@@ -44,10 +44,10 @@ def sinkhorn_sort(
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation matrix from entropic optimal transport (Cuturi, Teboul & Vert, NeurIPS 2019)"
-    _positive("eps", eps)
+    check_positive("eps", eps)
     if not isinstance(n_iter, int) or n_iter < 0:
         raise ValueError(f"n_iter: expected a whole number, at least 0, got {n_iter!r}")
-    log_P = _sinkhorn(_transport_start(_centred(s, 1/eps)[0]), n_iter)
+    log_P = _sinkhorn(_transport_start(centred(s, 1/eps)), n_iter)
     return (log_P if log else log_P.exp()).to(s.dtype)
 
 # %% ../../nbs/sorting/03_more.ipynb #6fbbbc01
@@ -66,8 +66,8 @@ def soft_rank(
     eps:float=1.,                 # Regularisation ε, in units of the scores; towards 0 ranks get hard
 ) -> Float[Tensor, "*batch n"]:   # Soft rank of each input, from 1 (smallest) to n
     "Ranks softened by a projection on the permutahedron (Blondel et al., ICML 2020)"
-    _positive("eps", eps)
-    z, order = _centred(s, 1/eps)[0].sort(-1)
+    check_positive("eps", eps)
+    z, order = centred(s, 1/eps).sort(-1)
     n = z.shape[-1]
     z = F.pad(z.diff(dim=-1).clamp_max(n).cumsum(-1), (1, 0))
     rank = torch.arange(1, n + 1, dtype=z.dtype, device=z.device)
@@ -91,15 +91,16 @@ def rank_loss(
     return (ranks - ranks_true.to(ranks.dtype)).square().mean(-1)
 
 # %% ../../nbs/sorting/03_more.ipynb #bf4257f2
-def _merge(yes, if_true, no, if_false): return torch.stack([yes + if_true, no + if_false]).logsumexp(0)
+def _merge(yes, if_true, no, if_false):
+    return log_add_exp(yes + if_true, no + if_false, (if_true - if_false) + (yes - no))
 
 def _compare(x, rows, i, beta):
     "Relaxed `if x[i] > x[i+1]: swap` on lists of places, in place; returns log p and log(1 − p)"
     v = (beta*(x[i] - x[i+1])).clamp(-1e10, 1e10)
-    yes, no = F.logsigmoid(v), F.logsigmoid(-v)
-    p, q, log_p, log_q = yes.exp(), no.exp(), yes.unsqueeze(-1), no.unsqueeze(-1)
-    x[i], x[i+1] = p*x[i+1] + q*x[i], p*x[i] + q*x[i+1]
-    rows[i], rows[i+1] = _merge(log_p, rows[i+1], log_q, rows[i]), _merge(log_p, rows[i], log_q, rows[i+1])
+    yes, no = log_sigmoid(v), log_sigmoid(-v)
+    p, (a, b) = yes.exp(), rows[i:i+2]
+    x[i], x[i+1] = torch.lerp(x[i], x[i+1], p), torch.lerp(x[i+1], x[i], p)
+    rows[i], rows[i+1] = _merge(yes, b, no, a), _merge(yes, a, no, b)
     return yes, no
 
 # %% ../../nbs/sorting/03_more.ipynb #fe800d40
@@ -108,10 +109,10 @@ def _passes(
     beta:float,                  # Inverse temperature β
 ) -> Iterator[tuple]:            # log P, number of swaps, log of swapped and of not swapped, after each pass
     "State of the relaxed bubble sort after each pass of its outer loop"
-    x, _ = _centred(s, limit=1e30)
-    n, swaps = x.shape[-1], torch.zeros_like(x[..., 0])
+    x = centred(s, limit=1e30)
+    n, swaps = x.shape[-1], torch.zeros_like(x[..., :1])
     rows = list(((torch.eye(n, dtype=x.dtype, device=x.device) - 1)*1e30).expand(*x.shape, n).unbind(-2))
-    x = list(x.unbind(-1))
+    x = list(x.split(1, -1))
     for last in range(n - 1, 0, -1):
         swapped, calm = torch.full_like(swaps, -1e30), torch.zeros_like(swaps)
         for i in range(last):
@@ -123,16 +124,17 @@ def _passes(
 # %% ../../nbs/sorting/03_more.ipynb #95f23fad
 def _bubble(s, beta, loop):
     "log P and the expected number of swaps"
-    _positive("beta", beta)
+    check_positive("beta", beta)
     if loop not in ("for", "while"): raise ValueError(f"loop: expected for or while, got {loop!r}")
     passes = list(_passes(s, beta))
-    if not passes: return _centred(s)[0].unsqueeze(-1)*0, _centred(s)[0].sum(-1)*0
+    if not passes: return centred(s).unsqueeze(-1)*0, centred(s).sum(-1)*0
     log_P, swaps, swapped, calm = zip(*passes)
-    if loop == "for": return log_P[-1], swaps[-1]
+    if loop == "for": return log_P[-1], swaps[-1].squeeze(-1)
     here = [torch.zeros_like(swaps[0])]
     for o in swapped[:-1]: here.append(here[-1] + o)
     leave = torch.stack([a + b for a, b in zip(here[:-1], calm)] + here[-1:])
-    return (leave[..., None, None] + torch.stack(log_P)).logsumexp(0), (leave.exp()*torch.stack(swaps)).sum(0)
+    log_P = log_sum_exp(leave.unsqueeze(-1) + torch.stack(log_P), 0)
+    return log_P, (leave.exp()*torch.stack(swaps)).sum(0).squeeze(-1)
 
 # %% ../../nbs/sorting/03_more.ipynb #73bd37a5
 def bubble_sort(

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.curvature import _needs_plain
-from .relaxations import _centred, _one_hot, _positive, _ranking_gradient, _scaled_back
+from .relaxations import (
+    centred, check_positive, log_add_exp, log_sigmoid, one_hot, ranking_gradient)
 
 # %% ../../nbs/sorting/01_networks.ipynb #87e56d00
 def _magnitude(v): return torch.where(v < 0, -v, v)
@@ -23,8 +23,8 @@ def _magnitude(v): return torch.where(v < 0, -v, v)
 def _cauchy(v): return torch.atan2(torch.ones_like(v), -v)/math.pi
 
 def _reciprocal(v):
-    a = _magnitude(v)
-    return torch.where(v < 0, 1/(2 + a), (1 + a)/(2 + a))
+    tail = 1/(2 + _magnitude(v))
+    return torch.where(v < 0, tail, 1 - tail)
 
 def _gaussian(v): return torch.erfc(-v/math.sqrt(2))/2
 
@@ -40,9 +40,19 @@ def _log_gaussian(v):
     tail = -far.square()/2 - (-far).log() - math.log(2*math.pi)/2 + series.log1p()
     return torch.where(v < edge, tail, torch.special.log_ndtr(v.clamp_min(edge)))
 
-_SIGMOIDS = {"logistic": (torch.sigmoid, F.logsigmoid), "logistic_art": (torch.sigmoid, F.logsigmoid),
-             "gaussian": (_gaussian, _log_gaussian), "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
-             "reciprocal": (_reciprocal, lambda v: _reciprocal(v).log()), "optimal": (_optimal, lambda v: _optimal(v).log())}
+# %% ../../nbs/sorting/01_networks.ipynb #5b80e3d4
+SIGMOIDS = {"logistic": (torch.sigmoid, F.logsigmoid),
+            "logistic_art": (torch.sigmoid, F.logsigmoid),
+            "gaussian": (_gaussian, _log_gaussian), "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
+            "reciprocal": (_reciprocal, lambda v: _reciprocal(v).log()),
+            "optimal": (_optimal, lambda v: _optimal(v).log())}
+
+# %% ../../nbs/sorting/01_networks.ipynb #0c64d8b5
+def _logistic(v):
+    z = torch.where(v < 0, v, -v).exp()
+    return torch.where(v < 0, z, torch.ones_like(z))/(1 + z)
+
+_SMOOTH = SIGMOIDS | dict.fromkeys(("logistic", "logistic_art"), (_logistic, log_sigmoid))
 
 # %% ../../nbs/sorting/01_networks.ipynb #167b6b35
 def comparators(
@@ -85,13 +95,14 @@ def _plain_network(x, network, relaxation, steepness, log):
     return P
 
 def _layer(x, P, partner, sign, relaxation, steepness, log):
-    alpha, log_alpha = _SIGMOIDS[relaxation]
-    other = x[..., partner]
+    alpha, log_alpha = _SMOOTH[relaxation]
+    other, Q = x[..., partner], P[..., partner, :]
     v = _steep(sign*(other - x), relaxation, steepness)
     a = alpha(v)
-    x, Q = a*x + (1 - a)*other, P[..., partner, :]
-    if not log: return x, a.unsqueeze(-1)*P + (1 - a).unsqueeze(-1)*Q
-    return x, torch.stack([log_alpha(v).unsqueeze(-1) + P, log_alpha(-v).unsqueeze(-1) + Q]).logsumexp(0)
+    x = torch.lerp(other, x, a)
+    if not log: return x, torch.lerp(Q, P, a.unsqueeze(-1))
+    p, q = (log_alpha(o).unsqueeze(-1) for o in (v, -v))
+    return x, log_add_exp(p + P, q + Q, (P - Q) + (p - q))
 
 def _steep(c, relaxation, steepness):
     if relaxation == "logistic_art": c = c/(c.abs() + 1e-10).pow(0.25)
@@ -133,7 +144,7 @@ def _pieces(groups, *stacks):
 # %% ../../nbs/sorting/01_networks.ipynb #acfcbce8
 def _forward(x, network, relaxation, steepness):
     "Permutation matrix of centred scores (N, n), and the differences its gradient needs"
-    (N, n), alpha = x.shape, _SIGMOIDS[relaxation][0]
+    (N, n), alpha = x.shape, SIGMOIDS[relaxation][0]
     groups, sign = _plan(n, network, x.device, x.dtype)
     Z, D = x.new_zeros(n, N, n + 1), x.new_empty(len(sign), N, n + 1)
     Z.diagonal(dim1=0, dim2=2).fill_(1.)
@@ -158,7 +169,7 @@ _DENSITIES = {"logistic": _logistic_density, "cauchy": _cauchy_density}
 def _slopes(c, relaxation, steepness, order=2):
     "First and second derivatives of α, log α and log (1 − α) in the difference of two scores"
     if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, order)
-    v, alpha = _steep(c, relaxation, steepness), _SIGMOIDS[relaxation][0]
+    v, alpha = _steep(c, relaxation, steepness), SIGMOIDS[relaxation][0]
     first, second = _DENSITIES[relaxation](v)
     a, b = alpha(v), alpha(-v)
     up, down = (b, -a) if relaxation == "logistic" else (first/a, -first/b)
@@ -169,7 +180,7 @@ def _slopes(c, relaxation, steepness, order=2):
 
 # %% ../../nbs/sorting/01_networks.ipynb #a3cf5c93
 def _autograd_slopes(c, relaxation, steepness, order):
-    alpha, log_alpha = _SIGMOIDS[relaxation]
+    alpha, log_alpha = _SMOOTH[relaxation]
     with torch.inference_mode(False), torch.enable_grad():
         c = c.clone().requires_grad_()
         v = _steep(c, relaxation, steepness)
@@ -189,7 +200,7 @@ def _backward(g, D, network, relaxation, steepness):
     N, n = g.shape[:2]
     groups, sign = _plan(n, network, g.device, g.dtype)
     c = D[..., n]*sign
-    w = _SIGMOIDS[relaxation][0](-_steep(c, relaxation, steepness)).unsqueeze(-1)
+    w = SIGMOIDS[relaxation][0](-_steep(c, relaxation, steepness)).unsqueeze(-1)
     slope = _first_slope(c, relaxation, steepness)*sign
     G = g.new_zeros(n, N, n + 1)
     G[..., :n] = g.transpose(0, 1)
@@ -207,7 +218,7 @@ def _backward(g, D, network, relaxation, steepness):
 # %% ../../nbs/sorting/01_networks.ipynb #8b8ae68d
 def _compare(x, groups, sign, relaxation, steepness):
     "Differences of the scores at every comparator"
-    X, C, alpha = x.T.clone(), x.new_empty(len(sign), len(x)), _SIGMOIDS[relaxation][0]
+    X, C, alpha = x.T.clone(), x.new_empty(len(sign), len(x)), SIGMOIDS[relaxation][0]
     pairs = _pairs(X, groups)
     for group, c, up in _pieces(groups, C, sign):
         _, low, high = pairs[group]
@@ -220,7 +231,7 @@ def _compare(x, groups, sign, relaxation, steepness):
 
 def _log_forward(x, network, relaxation, steepness):
     "log P of centred scores (N, n) with the wires first, and what its gradient needs"
-    (N, n), log_alpha = x.shape, _SIGMOIDS[relaxation][1]
+    (N, n), log_alpha = x.shape, SIGMOIDS[relaxation][1]
     groups, sign = _plan(n, network, x.device, x.dtype)
     C = _compare(x, groups, sign, relaxation, steepness)
     v = _steep(C, relaxation, steepness)
@@ -272,10 +283,17 @@ def _log_backward(G, kept, network, relaxation, steepness):
     stay, swap = _weights_back(G, groups, W, torch.zeros_like(W))
     C = kept[0]
     a1, p1, q1 = _slopes(C, relaxation, steepness, 1)
-    keep = _SIGMOIDS[relaxation][0](-_steep(C, relaxation, steepness)) - a1*C
+    keep = SIGMOIDS[relaxation][0](-_steep(C, relaxation, steepness)) - a1*C
     return _scores_back(len(G), groups, keep, (stay*p1 + swap*q1)*sign)[0].T
 
 # %% ../../nbs/sorting/01_networks.ipynb #b36a6c0d
+def _in_transform(x):
+    "Is a transform of `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
+    return (torch.compiler.is_compiling() or type(x) is not Tensor
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(x)
+            or torch.autograd.forward_ad._current_level >= 0)
+
 def _wires_first(g): return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 class _Network(torch.autograd.Function):
@@ -290,7 +308,7 @@ class _Network(torch.autograd.Function):
     def backward(ctx, g):
         (x, *kept), (*settings, log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
         fast = grad = None
-        if not _needs_plain(g):
+        if not _in_transform(g):
             with torch.no_grad(): fast = _log_backward(_wires_first(g), kept, *settings) if log else _backward(g, *kept, *settings)
         if again or fast is None:
             with torch.enable_grad(): P = _plain_network(x, *settings, log)
@@ -308,14 +326,15 @@ def sorting_network(
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation matrix of a differentiable sorting network (Petersen et al., ICML 2021, ICLR 2022)"
     _check_settings(relaxation, steepness)
-    x, _ = _centred(s, limit=min(1e30, 1e34/steepness))
+    x = centred(s, limit=min(1e30, 1e34/steepness))
     n, settings = x.shape[-1], (network, relaxation, steepness, log)
-    P = _plain_network(x, *settings) if _needs_plain(x) else _Network.apply(x.reshape(-1, n), *settings).view(*x.shape, n)
+    if _in_transform(x): P = _plain_network(x, *settings)
+    else: P = _Network.apply(x.reshape(-1, n), *settings).view(*x.shape, n)
     return P.to(s.dtype)
 
 def _check_settings(relaxation, steepness):
-    if relaxation not in _SIGMOIDS: raise ValueError(f"relaxation: expected one of {', '.join(_SIGMOIDS)}, got {relaxation!r}")
-    _positive("steepness", steepness)
+    if relaxation not in SIGMOIDS: raise ValueError(f"relaxation: expected one of {', '.join(SIGMOIDS)}, got {relaxation!r}")
+    check_positive("steepness", steepness)
 
 # %% ../../nbs/sorting/01_networks.ipynb #1d6ac9fb
 def _score_tangents(n, groups, sign, kappa):
@@ -348,7 +367,7 @@ def _loss_tangents(L, T, kind, dL):
     "Derivative of the loss's gradient in log P"
     n = len(L)
     if kind == "cross_entropy": return torch.zeros_like(dL)
-    top = _one_hot(L.argmax(-1), n)
+    top = one_hot(L.argmax(-1), n)
     rest = L.masked_fill(top, -1e30)
     P, Q = rest.exp(), rest.softmax(-1)
     missed = ((1 - T)*top).sum(-1, keepdim=True)*Q/n**2
@@ -367,16 +386,16 @@ def network_derivatives(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
     "Ranking loss behind a sorting network with its exact derivatives, for each sample"
     _check_settings(relaxation, steepness); _check_target(s, P_true, kind)
-    x, gain = _centred(s.detach(), limit=min(1e30, 1e34/steepness))
+    x = centred(s.detach(), limit=min(1e30, 1e34/steepness))
     shape, n = x.shape, x.shape[-1]
     x, T = x.reshape(-1, n), P_true.detach().to(x.dtype).reshape(-1, n, n)
     L, kept = _log_forward(x, network, relaxation, steepness)
-    loss, G = _ranking_gradient(L.transpose(0, 1), T, kind)
+    loss, G = ranking_gradient(L.transpose(0, 1), T, kind)
     G = G.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     if hessian: Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, network, relaxation, steepness)
     else: Y, H = _log_backward(G, kept, network, relaxation, steepness), None
-    G, H = _scaled_back(Y.reshape(shape), H.reshape(*shape, n) if hessian else None, gain)
-    return loss.reshape(shape[:-1]), G.to(s.dtype), H.to(s.dtype) if hessian else None
+    H = H.reshape(*shape, n).to(s.dtype) if hessian else None
+    return loss.reshape(shape[:-1]), Y.reshape(shape).to(s.dtype), H
 
 # %% ../../nbs/sorting/01_networks.ipynb #878fcab7
 def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
@@ -384,7 +403,7 @@ def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
     n, C, wide = len(L), kept[0], lambda o: o.unsqueeze(1)
     groups, sign = _plan(n, network, L.device, L.dtype)
     a1, p1, q1, a2, p2, q2 = _slopes(C, relaxation, steepness)
-    kappa = _SIGMOIDS[relaxation][0](_steep(C, relaxation, steepness)) + a1*C
+    kappa = SIGMOIDS[relaxation][0](_steep(C, relaxation, steepness)) + a1*C
     W = _shares(*kept)
     dC = _score_tangents(n, groups, sign, kappa)
     dL, E = _weight_tangents(n, groups, W, wide(p1)*dC, wide(q1)*dC)

@@ -1,0 +1,166 @@
+"""The settings of noise, what is said of a first mistake, `torch.func.vmap`, and annotations under jaxtyping's import hook."""
+import dataclasses
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from torch.testing import assert_close
+
+from newton_losses_nb.paths.exact import shortest_path
+from newton_losses_nb.paths.smoothing import (
+    BlackboxLoss, FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss, blackbox, draw_noise,
+    fenchel_young_loss, smoothed_algorithm, smoothed_loss)
+
+def solver(c): return shortest_path(c.clamp(min=1e-3).unflatten(-1, (3, 3))).flatten(-2)
+def different(c, w): return (solver(c) - w).abs().sum(-1)
+def square(a, w): return (a - w).square().sum(-1)
+
+LOSSES = {
+    "smoothed_loss": lambda noise: lambda y, w: smoothed_loss(different, y, noise, (w,)),
+    "smoothed_algorithm": lambda noise: lambda y, w: square(smoothed_algorithm(solver, y, noise), w),
+    "fenchel_young_loss": lambda noise: lambda y, w: fenchel_young_loss(solver, y, w, noise, floor=1e-3),
+    "SmoothedLoss": lambda noise: SmoothedLoss(different, noise),
+    "SmoothedAlgorithmLoss": lambda noise: SmoothedAlgorithmLoss(solver, square, noise),
+    "FenchelYoungLoss": lambda noise: FenchelYoungLoss(solver, noise, floor=1e-3),
+}
+
+@pytest.fixture
+def data():
+    g = torch.Generator().manual_seed(0)
+    y, w = torch.rand(4, 5, 9, generator=g) + 0.5, solver(torch.rand(4, 5, 9, generator=g))
+    return y, w, torch.randn(6, 9, generator=g)
+
+@pytest.mark.parametrize("more", [{}, {"antithetic": True}, {"baseline": "value"}, {"baseline": "none"}, {"distribution": "gumbel"}], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_vmap(name, more, data):
+    "Value and gradient of a stack of batches are those of each batch"
+    y, w, e = data
+    f = LOSSES[name](Noise(0.5, fixed=torch.cat([e, -e]) if "antithetic" in more else e, **more))
+    assert_close(torch.func.vmap(f)(y, w), torch.stack([f(*o) for o in zip(y, w)]))
+    grad = torch.func.grad(lambda y, w: f(y, w).sum())
+    slow = []
+    for a, b in zip(y, w):
+        a = a.clone().requires_grad_()
+        slow += torch.autograd.grad(f(a, b).sum(), a)
+    assert_close(torch.func.vmap(grad)(y, w), torch.stack(slow))
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vmap_randomness(name, data):
+    "Noise that is drawn within vmap needs its `randomness`, and takes a generator"
+    y, w, _ = data
+    f = LOSSES[name](Noise(0.5, 4, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(RuntimeError, match="randomness"): torch.func.vmap(f)(y, w)
+    same = torch.func.vmap(f, randomness="same")(y[:1].expand(2, 5, 9), w[:1].expand(2, 5, 9))
+    assert torch.equal(same[0], same[1])
+    assert torch.func.vmap(f, randomness="different")(y, w).isfinite().all()
+
+def test_vmap_of_what_leaves_torch(data):
+    y, w, e = data
+    leaves = lambda c: torch.from_numpy(c.numpy())
+    with pytest.raises(RuntimeError, match="algorithm: expected operations that a transform of torch.func can follow; call the loss on all rows at once"):
+        torch.func.vmap(lambda y: smoothed_algorithm(leaves, y, Noise(fixed=e)))(y)
+
+@pytest.mark.parametrize("sigma", [0.25, numpy.float32(0.25), numpy.float64(0.25), torch.tensor(0.25), numpy.int64(2), 2])
+def test_numbers(sigma, data):
+    y, _, _ = data
+    assert type(Noise(sigma).sigma) is float and Noise(sigma).sigma == float(sigma)
+    assert BlackboxLoss(solver, square, sigma).lam == float(sigma)
+    assert torch.equal(blackbox(solver, y, sigma), solver(y))
+    assert Noise(samples=numpy.int64(4)).samples == 4
+
+@pytest.mark.parametrize("bad", [True, False, numpy.bool_(True), torch.tensor(True), 0., -1, float("nan"), float("inf"), "1", None, torch.ones(1)], ids=repr)
+def test_no_numbers(bad, data):
+    with pytest.raises(ValueError, match="sigma: expected a positive number, got"): Noise(bad)
+    with pytest.raises(ValueError, match="lam: expected a positive number, got"): blackbox(solver, data[0], bad)
+    with pytest.raises(ValueError, match="lam: expected a positive number, got"): BlackboxLoss(solver, square, bad)
+    with pytest.raises(ValueError, match="samples: expected a whole number"): Noise(samples=True)
+
+def test_noise():
+    noise = Noise(numpy.float32(0.5), 4, generator=torch.Generator().manual_seed(7), antithetic=True)
+    assert repr(noise) == "Noise(sigma=0.5, samples=4, antithetic=True, generator=torch.Generator('cpu').manual_seed(7))"
+    again = eval(repr(noise))
+    assert torch.equal(draw_noise(torch.zeros(3, 2), noise), draw_noise(torch.zeros(3, 2), again))
+    fixed = dataclasses.replace(noise, fixed=draw_noise(torch.zeros(3, 2), noise))
+    assert fixed.samples == 4 and torch.equal(draw_noise(torch.zeros(3, 2), fixed), fixed.fixed)
+    with pytest.raises(dataclasses.FrozenInstanceError): noise.sigma = 1.
+    with pytest.raises(ValueError, match="samples: expected 3, as many as fixed has"): Noise(samples=4, fixed=torch.zeros(3, 2))
+    with pytest.raises(TypeError, match="noise: expected Noise"): FenchelYoungLoss(solver, 10)
+    with pytest.raises(TypeError, match="noise: expected Noise"): smoothed_loss(different, torch.zeros(1, 9), 10)
+    assert repr(SmoothedLoss(different, Noise(0.5))) == "SmoothedLoss(loss_of_algorithm=different, noise=Noise(sigma=0.5))"
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nan_gives_nan(name):
+    "What an algorithm returns is not judged: NaN for one row is NaN for that row's loss"
+    bad = lambda c, *w: torch.where(c[:, :1] > 5, torch.nan, c) if not w else torch.where(c[:, 0] > 5, torch.nan, c.sum(1))
+    y, w = torch.zeros(3, 4), torch.zeros(3, 4)
+    y[1] = 100
+    noise = Noise(0.1, 4)
+    f = {"smoothed_loss": lambda: lambda y, w: smoothed_loss(bad, y, noise, (w,)),
+         "smoothed_algorithm": lambda: lambda y, w: square(smoothed_algorithm(bad, y, noise), w),
+         "fenchel_young_loss": lambda: lambda y, w: fenchel_young_loss(bad, y, w, noise),
+         "SmoothedLoss": lambda: SmoothedLoss(bad, noise), "FenchelYoungLoss": lambda: FenchelYoungLoss(bad, noise),
+         "SmoothedAlgorithmLoss": lambda: SmoothedAlgorithmLoss(bad, square, noise)}[name]()
+    assert f(y, w).isnan().tolist() == [False, True, False]
+    for k in (0, 1, 2) if hasattr(f, "derivatives") else ():
+        assert f.derivatives(y, w)[k].flatten(1).isnan().any(1).tolist() == [False, True, False] if k else True
+
+def test_first_mistakes(data):
+    y, w = data[0][0], data[1][0]
+    with pytest.raises(TypeError, match=r"got numpy.ndarray: return torch.as_tensor\(...\)"): smoothed_algorithm(lambda c: c.numpy(), y)
+    with pytest.raises(TypeError, match="solver: expected a torch tensor, got numpy.ndarray"): fenchel_young_loss(lambda c: c.numpy(), y, w)
+    with pytest.raises(TypeError, match="solver: expected a torch tensor, got numpy.ndarray"): blackbox(lambda c: c.numpy(), y)
+    with pytest.raises(ValueError, match=r"called once, with all N·S = 50 rows, shape \(50, 9\)"): smoothed_algorithm(lambda c: c.sum(), y)
+    with pytest.raises(ValueError, match="solver: expected solutions in the shape of the costs"): fenchel_young_loss(lambda c: c.sum(1), y, w)
+    with pytest.raises(IndexError) as e: smoothed_algorithm(lambda c: c[0, 0, 0], y)
+    if sys.version_info >= (3, 11): assert "called once, with all N·S = 50 rows" in e.value.__notes__[0]
+    with pytest.raises(ValueError, match="raise them first: floor=1e-3"):
+        fenchel_young_loss(lambda c: shortest_path(c.unflatten(-1, (3, 3))).flatten(-2), y, w, Noise(5.))
+    with pytest.raises(ValueError, match="blackbox differentiation has no second derivative"): BlackboxLoss(solver, square).derivatives(y, w)
+
+HOOKED = '''
+import jaxtyping
+names = ["newton_losses_nb.paths." + n for n in ("exact", "relaxed", "smoothing", "terrain")]
+with jaxtyping.install_import_hook(names, "beartype.beartype"):
+    from newton_losses_nb.paths import relaxed as r, exact as s, smoothing as m, terrain as t
+import pytest, torch
+from torch import func
+cost = torch.rand(6, 5, 4) + 0.1
+cost[:2] = cost[:2].round() + 1e-3*(cost[:2] > 9)
+for dtype in (torch.float16, torch.float32, torch.float64):
+    for c in (cost, cost[0], cost.reshape(2, 3, 5, 4), cost[:0]):
+        c = c.to(dtype)
+        for n in (None, 30):
+            p = s.shortest_path(c, n).nan_to_num()
+        p = s.shortest_path(c)
+        for q in (p, p.bool(), p.long()):
+            s.path_cost(c, q), s.exact_path_match(q, p), s.is_valid_path(q), s.regret(c, q), s.cost_optimality(c, q)
+        for loop in ("for", "while"):
+            out = r.relaxed_bellman_ford(c.clone().requires_grad_(), 3., loop=loop)
+            out.sum().backward()
+        if c.ndim > 2: [r.path_loss(out, q) for q in (p, p.bool())]
+s.shortest_path(torch.zeros(2, 4, 4)), s.shortest_path(torch.tensor([[1., torch.inf], [1., 1.]]))
+func.vmap(s.shortest_path)(cost), func.vmap(func.grad(lambda c: r.relaxed_bellman_ford(c, 3.).sum()))(cost)
+flat = lambda c: s.shortest_path(c.clamp(min=1e-3).unflatten(-1, (5, 4))).flatten(-2)
+hard, soft = lambda c, w: (flat(c) - w).abs().sum(1), lambda a, w: (a - w).square().sum(1)
+y, w = cost.flatten(1).clone().requires_grad_(), flat(cost.flip(0).flatten(1))
+for noise in (m.Noise(), m.Noise(0.5, 4, antithetic=True), m.Noise(0.5, 3, "gumbel", "value"),
+              m.Noise(fixed=torch.randn(3, 20)), m.Noise(fixed=torch.randn(6, 3, 20))):
+    m.draw_noise(y, noise)
+    for f in (m.SmoothedLoss(hard, noise), m.SmoothedAlgorithmLoss(flat, soft, noise), m.FenchelYoungLoss(flat, noise, floor=1e-3)):
+        for hessian in (True, False): f.derivatives(y, w, hessian=hessian)
+        torch.autograd.grad(torch.autograd.grad(f(y, w).sum(), y, create_graph=True)[0].sum(), y)
+    m.smoothed_algorithm(flat, y, noise), m.smoothed_loss(hard, y, noise, (w,)), m.fenchel_young_loss(flat, y, w.bool(), noise)
+m.blackbox(flat, y, 2.).sum().backward()
+f = m.BlackboxLoss(flat, soft, 2., None)
+f(y, w), f.derivatives(y, w, hessian=False)
+maps = t.terrain_maps(3, 4)
+maps[:2], maps.to("cpu"), t.load_maps(train=2, valid=2, test=2, size=4), t.cached_maps(2, 4)
+with pytest.raises(Exception, match="ype"): s.shortest_path("no")
+'''
+
+def test_annotations_hold():
+    pytest.importorskip("beartype")
+    run = subprocess.run([sys.executable, "-c", HOOKED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
