@@ -97,7 +97,9 @@ def derivatives(
             "loss_fn: expected values that depend on y, got values that do not (a detach inside?)")
         if check and len(y) > 1: _check_independent(loss, G, y)
         H = None if second is None else _products(G, y)
-        if check and H is not None: _check_second(loss_fn, y, args, G.detach(), H)
+        if check and H is not None:                  # no concern of a checkpoint around the loss
+            with torch.autograd.graph.saved_tensors_hooks(*[lambda x: x]*2):
+                _check_second(loss_fn, y, args, G.detach(), H)
         if second in ("full", "diagonal"): H = _unit_products(H, y, second == "full")
     return loss.detach(), G.detach(), H
 
@@ -121,7 +123,7 @@ def _own_derivatives(loss_fn, y, args, second):
         loss, G, H = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
     H = None if second is None else H.detach()
     if second == "diagonal": H = H.diagonal(dim1=-2, dim2=-1)
-    products = lambda V: (V.unsqueeze(-2) @ H)[..., 0, :]
+    products = lambda V: (V.to(H.dtype).unsqueeze(-2) @ H)[..., 0, :]
     return loss.detach(), G.detach(), products if second == "products" else H
 
 # %% ../../nbs/core/01_derivatives.ipynb #d1dcd7bc
@@ -150,7 +152,8 @@ def _check_second(loss_fn, y, args, G, products):
     except (RuntimeError, TypeError): once, twice, noise = changes(y.detach())
     seen = products(v[None])[0].to(once)
     size, doubt = seen.norm(dim=1).maximum(once.norm(dim=1)), (twice - once).norm(dim=1)
-    doubt = torch.maximum(doubt, doubt.nanmedian()) + noise
+    doubt = doubt.maximum(doubt.nanmedian()) + noise + size.amax()*1e-6
+    doubt = doubt + v.norm(dim=1)*torch.finfo(y.dtype).tiny*1e6  # tails that y's type does not hold
     if ((seen - once).norm(dim=1) > size/10 + 5*doubt).sum() > len(y)/100: raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with "
         "y in a way that autograd does not see (once_differentiable, a detach, a compiled function "

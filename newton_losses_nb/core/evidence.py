@@ -77,7 +77,8 @@ class Evidence(NamedTuple):
     def pooled(self, group:"Group") -> "Evidence":
         "The sum over processes"
         if group.size == 1: return self
-        widths = [0] if self.square is None else group.gather(self.square.shape[-1], self.square.device)
+        square = self.square
+        widths = [0] if square is None else group.gather(square.shape[-1], square.device)
         if len(set(widths)) > 1: raise ValueError(
             f"y: expected equally many outputs in all processes, got {widths}")
         return self.map(group.add, lambda x: group.cat(x)[0])

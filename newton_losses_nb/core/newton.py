@@ -131,7 +131,9 @@ def by_pattern(direction:Damped, e:Evidence, G:Float[Tensor, "*b N m"], mask) ->
     if G.ndim > 2:
         batches = (e.map(lambda x: x[i], lambda x: x[i]) for i in range(len(G)))
         return torch.stack([by_pattern(direction, *x) for x in zip(batches, G, mask)])
-    D, lam = torch.zeros_like(G), direction.damping(e.cut(e.count > 0))
+    D = torch.zeros_like(G)
+    if not mask.any(): return D
+    lam = direction.damping(e.cut(e.count > 0))
     for real in mask.unique(dim=0):
         i = (mask == real).all(1)
         if not real.any(): continue
@@ -324,7 +326,7 @@ def _observe(self:OutputLoss, y, mask, args):
     "The batch, and the sum of what its chunks say"
     self._check_call(y, mask, args)
     (*lead, N, _), own = y.shape, self._of_samples(y, mask, args)
-    size = max(1, (self.chunk_size or max(1, N))//math.prod(lead))
+    size = max(1, self.chunk_size//math.prod(lead)) if self.chunk_size else N
     with full_precision(y):
         if size >= N:
             b = self._batch(y, mask, args)
@@ -552,8 +554,9 @@ class NewtonLoss(OutputLoss):
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
             f"curvature: expected no lam and eigenvalues beside {curvature!r}, which has its own")
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.curvature, self.lam = curvature, lam
-        self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
+        self.named = curvature, lam, choice("eigenvalues", eigenvalues, SPECTRA)
+
+    curvature, lam, eigenvalues = (property(lambda self, i=i: self.named[i]) for i in range(3))
 
 # %% ../../nbs/core/04_newton.ipynb #71ae0472
 class ClippedLoss(OutputLoss):
@@ -611,7 +614,8 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (y,), (loss, reduction, scale) = ctx.saved_tensors, ctx.settings
-        s, mean = _scale(scale() if callable(scale) else scale), reduction == "mean"
+        given = lambda: _scale(scale() if callable(scale) else scale)
+        s, mean = Group(loss.group).together(given, g.device), reduction == "mean"
         G = g.detach().to(torch.promote_types(g.dtype, torch.float32))/s*(len(g) if mean else 1)
         _, D, _, n = loss._step(torch.zeros_like(G), None, (G,))
         D = (D*s/(n if mean else 1)).nan_to_num(0).to(g.dtype)
