@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .experiment import (
     record_of, run_title, shuffled_batches, validate)
 from .paths import SIGMA, PathTask, path_loss_fn
 from .records import environment
-from ..paths.smoothing import draw_noise
+from ..paths.smoothing import Noise, draw_noise
 
 # %% ../../nbs/lab/08_fast_training.ipynb #dca0d64b
 class CapturedStep:
@@ -147,9 +147,9 @@ class PathFeed(EpochFeed):
     def batch(self, index:Int64[Tensor, "K N"]) -> tuple:
         "Pictures `(K, N, 3, h, w)`, and arguments of the loss, which is given its noise"
         paths = self.maps.paths[index].to(self.dtype).flatten(2)
-        noise = [draw_noise(w, self.samples, generator=g)
+        noise = [draw_noise(w, Noise(samples=self.samples, generator=g))
                  for w, g in zip(paths, self.generators)]
-        if noise: self.loss_fn.settings["noise"] = torch.cat(noise)
+        if noise: self.loss_fn.noise = replace(self.loss_fn.noise, fixed=torch.cat(noise))
         return self.pictures(self.maps.images[index]), (paths,)
 
 # %% ../../nbs/lab/08_fast_training.ipynb #09bf88ac

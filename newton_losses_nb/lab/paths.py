@@ -26,7 +26,7 @@ from ..paths.relaxed import path_loss, relaxed_bellman_ford
 from ..paths.exact import (
     cost_optimality, exact_path_match, path_cost, regret, shortest_path)
 from ..paths.smoothing import (
-    BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss)
+    BlackboxLoss, FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss)
 
 # %% ../../nbs/lab/06_paths.ipynb #85fbda2b
 PATH_LOSSES = ( # Losses of paths
@@ -53,10 +53,13 @@ def path_loss_fn(
     "The loss that a configuration names"
     solver = functools.partial(flat_shortest_path, grid=grid, n_iter=n_iter)
     compare = functools.partial(path_loss, kind=config["kind"] or "l1", reduction="sum")
-    noise = dict(n_samples=config["samples"], sigma=config["sigma"], generator=generator)
-    if config["loss"] == "fenchel_young": return FenchelYoungLoss(solver, floor=FLOOR, **noise)
-    if config["loss"] == "smoothed_loss": return SmoothedLoss(lambda y, w: compare(solver(y), w), **noise)
-    if config["loss"] == "smoothed_algorithm": return SmoothedAlgorithmLoss(solver, compare, **noise)
+    if config["sigma"] is not None:
+        noise = Noise(config["sigma"], config["samples"], generator=generator)
+    if config["loss"] == "fenchel_young": return FenchelYoungLoss(solver, noise, floor=FLOOR)
+    if config["loss"] == "smoothed_loss":
+        return SmoothedLoss(lambda y, w: compare(solver(y), w), noise)
+    if config["loss"] == "smoothed_algorithm":
+        return SmoothedAlgorithmLoss(solver, compare, noise)
     if config["loss"] == "blackbox": return BlackboxLoss(solver, compare, config["interpolation"])
     relaxed = functools.partial(relaxed_bellman_ford, beta=config["beta"], loop=config["loop"], t_conorm=config["t_conorm"])
     return lambda y, w: compare(relaxed(y.unflatten(-1, grid)).flatten(-2), w)
