@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from newton_losses_nb import (
-    FenchelYoungLoss, Hessian, Krylov, NewtonLoss, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
+    FenchelYoungLoss, Hessian, Krylov, NewtonLoss, Noise, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
     true_permutation)
 from newton_losses_nb.core.adapters import per_sample, permutation_loss
 from newton_losses_nb.core.check import QUESTIONS
@@ -296,7 +296,7 @@ def test_wrong_own_derivatives():
     assert gradient["first derivative"].value == "wrong" and gradient["second derivative"].value == "right" and gradient.curvature == "fisher"
     assert hessian["first derivative"].value == "right" and hessian["second derivative"].value == "wrong"
 
-@pytest.mark.parametrize("make", [lambda g: SmoothedLoss(lambda y, t: (y > t).to(y).sum(1), generator=g), lambda g: FenchelYoungLoss(lambda c: F.one_hot(c.argmin(1), 3).to(c), generator=g)])
+@pytest.mark.parametrize("make", [lambda g: SmoothedLoss(lambda y, t: (y > t).to(y).sum(1), Noise(generator=g)), lambda g: FenchelYoungLoss(lambda c: F.one_hot(c.argmin(1), 3).to(c), Noise(generator=g))])
 @pytest.mark.parametrize("own", [None, 3])
 def test_noisy_losses(make, own):
     "Whatever generator they draw from, it is held still and put back"

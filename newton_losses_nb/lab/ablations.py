@@ -23,13 +23,13 @@ from newton_losses_nb.lab.experiment import (
     LEARNING_RATES, METHODS, SortingTask, check_choices, directions, run_all,
     sorting_config)
 from .fast_training import FEEDS, SortingFeed, seeds_together
-from ..core.newton import Direction, OutputLoss, PerSample, Scalar
+from ..core.newton import Damped, Direction, OutputLoss, PerSample
 from ..core.solves import damping
 from .report import holm, paired_test
 from ..sorting.losses import element_match, exact_match
 
 # %% ../../nbs/lab/10_ablations.ipynb #5e90920f
-class GradientStep(Scalar):
+class GradientStep(Damped):
     "The gradient over λ"
     def forward(self, e, G, mask=None): return G/damping(self.lam, e)[..., None, None]
 

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -137,20 +137,24 @@ class PathFeed(EpochFeed):
         sweeps:int|None=None, # Sweeps of the exact solver; None: until nothing changes
     ):
         first, c = tasks[0], tasks[0].config
-        self.maps, self.samples = first.maps["train"], c["samples"]
-        self.pictures, self.dtype = first.pictures, first.dtype
+        self.maps, self.pictures = first.maps["train"], first.pictures
+        self.dtype, self.loss_fn = first.dtype, path_loss_fn(c, first.grid, n_iter=sweeps)
         super().__init__(tasks, len(self.maps))
         noisy = tasks if c["loss"] in SIGMA else ()
         self.generators = [t.noise_generator(t.config["seed"]) for t in noisy]
-        self.loss_fn = path_loss_fn(c, first.grid, n_iter=sweeps)
 
     def batch(self, index:Int64[Tensor, "K N"]) -> tuple:
         "Pictures `(K, N, 3, h, w)`, and arguments of the loss, which is given its noise"
         paths = self.maps.paths[index].to(self.dtype).flatten(2)
-        noise = [draw_noise(w, self.samples, generator=g)
-                 for w, g in zip(paths, self.generators)]
-        if noise: self.loss_fn.settings["noise"] = torch.cat(noise)
+        if self.generators: self._draw_noise(paths)
         return self.pictures(self.maps.images[index]), (paths,)
+
+    def _draw_noise(self, paths):
+        "Noise of each seed's own generator for all batches in the loss"
+        each = zip(paths, self.generators)
+        noise = replace(self.loss_fn.noise, fixed=None)
+        drawn = [draw_noise(w, replace(noise, generator=g)) for w, g in each]
+        self.loss_fn.noise = replace(noise, fixed=torch.cat(drawn))
 
 # %% ../../nbs/lab/08_fast_training.ipynb #09bf88ac
 class Complete(Direction):
@@ -160,17 +164,19 @@ class Complete(Direction):
         direction:Direction, # What is sent back
     ):
         super().__init__()
-        self.direction, self.second, self.last = direction, direction.second, None
+        self.direction, self.second = direction, direction.second
+        self.parts, self.last = [], None
 
     def observe(self, b):
         "Also notes whether all samples take part"
-        self.last = b.taken.all(-1)
+        self.parts.append(b.taken.all(-1))
         return self.direction.observe(b)
 
     def forward(self, e, G, mask=None):
         "Also notes whether the directions are finite"
         D = self.direction(e, G, mask)
-        self.last = self.last & D.isfinite().all(-1).all(-1)
+        self.parts.append(D.isfinite().all(-1).all(-1))
+        self.last, self.parts = torch.stack(self.parts).all(0), []
         return D
 
 # %% ../../nbs/lab/08_fast_training.ipynb #84f38328

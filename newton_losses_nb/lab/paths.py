@@ -26,7 +26,7 @@ from ..paths.relaxed import path_loss, relaxed_bellman_ford
 from ..paths.exact import (
     cost_optimality, exact_path_match, path_cost, regret, shortest_path)
 from ..paths.smoothing import (
-    BlackboxLoss, FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss)
+    BlackboxLoss, FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss)
 
 # %% ../../nbs/lab/06_paths.ipynb #85fbda2b
 PATH_LOSSES = ( # Losses of paths
@@ -48,18 +48,21 @@ def path_loss_fn(
     config:dict,          # From `path_config`
     grid:tuple,           # Height and width of the map
     generator:torch.Generator|None=None, # Source of noise
-    n_iter:int|None=None, # Sweeps of the exact solver, see `flat_shortest_path`
+    n_iter:int|None=None, # Sweeps of the exact solver, as in `flat_shortest_path`
 ) -> Callable:            # Per-sample loss of flat costs and flat true paths
     "The loss that a configuration names"
     solver = functools.partial(flat_shortest_path, grid=grid, n_iter=n_iter)
     compare = functools.partial(path_loss, kind=config["kind"] or "l1", reduction="sum")
-    noise = dict(n_samples=config["samples"], sigma=config["sigma"], generator=generator)
-    if config["loss"] == "fenchel_young": return FenchelYoungLoss(solver, floor=FLOOR, **noise)
-    if config["loss"] == "smoothed_loss": return SmoothedLoss(lambda y, w: compare(solver(y), w), **noise)
-    if config["loss"] == "smoothed_algorithm": return SmoothedAlgorithmLoss(solver, compare, **noise)
-    if config["loss"] == "blackbox": return BlackboxLoss(solver, compare, config["interpolation"])
-    relaxed = functools.partial(relaxed_bellman_ford, beta=config["beta"], loop=config["loop"], t_conorm=config["t_conorm"])
-    return lambda y, w: compare(relaxed(y.unflatten(-1, grid)).flatten(-2), w)
+    c, name = config, config["loss"]
+    if name == "blackbox": return BlackboxLoss(solver, compare, c["interpolation"])
+    if name == "relaxed_bf":
+        relaxed = functools.partial(
+            relaxed_bellman_ford, beta=c["beta"], loop=c["loop"], t_conorm=c["t_conorm"])
+        return lambda y, w: compare(relaxed(y.unflatten(-1, grid)).flatten(-2), w)
+    noise = Noise(c["sigma"], c["samples"], generator=generator)
+    if name == "smoothed_algorithm": return SmoothedAlgorithmLoss(solver, compare, noise)
+    if name == "fenchel_young": return FenchelYoungLoss(solver, noise, floor=FLOOR)
+    return SmoothedLoss(lambda y, w: compare(solver(y), w), noise)
 
 # %% ../../nbs/lab/06_paths.ipynb #6d590b69
 SIGMA = { # Size of the noise, for each loss
