@@ -17,6 +17,7 @@ from newton_losses_nb import (
 from newton_losses_nb.core.adapters import per_sample, permutation_loss
 from newton_losses_nb.core.check import QUESTIONS
 from newton_losses_nb.core.derivatives import derivatives
+from newton_losses_nb.paths.smoothing import Noise
 from newton_losses_nb.sorting.losses import ranking_loss
 
 fast = settings(deadline=None, max_examples=25)
@@ -296,7 +297,7 @@ def test_wrong_own_derivatives():
     assert gradient["first derivative"].value == "wrong" and gradient["second derivative"].value == "right" and gradient.curvature == "fisher"
     assert hessian["first derivative"].value == "right" and hessian["second derivative"].value == "wrong"
 
-@pytest.mark.parametrize("make", [lambda g: SmoothedLoss(lambda y, t: (y > t).to(y).sum(1), generator=g), lambda g: FenchelYoungLoss(lambda c: F.one_hot(c.argmin(1), 3).to(c), generator=g)])
+@pytest.mark.parametrize("make", [lambda g: SmoothedLoss(lambda y, t: (y > t).to(y).sum(1), Noise(generator=g)), lambda g: FenchelYoungLoss(lambda c: F.one_hot(c.argmin(1), 3).to(c), Noise(generator=g))])
 @pytest.mark.parametrize("own", [None, 3])
 def test_noisy_losses(make, own):
     "Whatever generator they draw from, it is held still and put back"
