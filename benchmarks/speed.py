@@ -25,7 +25,7 @@ from torch.utils import benchmark
 
 import newton_losses_nb
 from newton_losses_nb import (
-    Clip, FenchelYoungLoss, Fisher, Hessian, OutputLoss, SortingLoss, neural_sort,
+    Clip, FenchelYoungLoss, Fisher, Hessian, Noise, OutputLoss, SortingLoss, neural_sort,
     relaxed_bellman_ford, shortest_path, soft_sort, sorting_network, true_permutation)
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.lab.models import NETWORKS, make_network
@@ -292,7 +292,7 @@ def flat_solver(c):
     side = math.isqrt(c.shape[-1])
     return shortest_path(c.clamp(min=1e-3).unflatten(-1, (side, side))).flatten(-2)
 
-def noisy_paths(samples): return FenchelYoungLoss(flat_solver, samples)
+def noisy_paths(samples): return FenchelYoungLoss(flat_solver, Noise(samples=samples))
 
 def fenchel_young_cases(device):
     "The Fenchel-Young loss beside PyEPO, whose value lacks the true path under the noise"

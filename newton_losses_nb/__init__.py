@@ -12,6 +12,6 @@ from .sorting.losses import (
     SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation)
 from .paths.exact import shortest_path
 from .paths.relaxed import relaxed_bellman_ford
-from .paths.smoothing import FenchelYoungLoss, SmoothedAlgorithmLoss, SmoothedLoss
+from .paths.smoothing import FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss
 
 __all__ = [name for name in dir() if name[0] != "_" and name not in ("core", "paths", "sorting")]

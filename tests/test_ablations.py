@@ -13,7 +13,7 @@ from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, 
                                         forget, reorder, run_ablation, wrong_orders)
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import sorting_config
-from newton_losses_nb.core.newton import NewtonLoss
+from newton_losses_nb.core.newton import Fisher, OutputLoss
 from newton_losses_nb.lab.report import paired_test
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
@@ -71,14 +71,13 @@ def test_reorder_tells_the_order_that_is_told():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_targets_stay(lead, steps):
     fn = SortingLoss("neural_sort")
-    unseen = dict(on_nonfinite="ignore", check=False, group=None)
-    held = HeldTarget(NewtonLoss(fn, "fisher", .1, **unseen), steps)
+    held = HeldTarget(OutputLoss(fn, Fisher(.1), on_nonfinite="skip"), steps)
     T, target = true_permutation(torch.rand(*lead, 20, 5)), None
     for i in range(7):
         y = torch.randn(*lead, 20, 5, requires_grad=True)
         if i % steps == 0:
             batches = zip(y.detach().view(-1, 20, 5), T.view(-1, 20, 5, 5))
-            target = torch.stack([o - NewtonLoss(fn, "fisher", .1).direction(o, t)[1] for o, t in batches]).view(y.shape)
+            target = torch.stack([o - OutputLoss(fn, Fisher(.1)).directions(o, t)[1] for o, t in batches]).view(y.shape)
         value = held(y, T)
         assert value.shape == lead
         grad, = torch.autograd.grad(value.sum(), y)

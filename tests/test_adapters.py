@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from newton_losses_nb import (
-    FenchelYoungLoss, Hessian, Krylov, NewtonLoss, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
+    FenchelYoungLoss, Hessian, Krylov, NewtonLoss, Noise, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
     true_permutation)
 from newton_losses_nb.core.adapters import per_sample, permutation_loss
 from newton_losses_nb.core.check import QUESTIONS

@@ -2,16 +2,20 @@
 import json, math
 import pytest, torch
 from torch import nn
+from reference import NeverLooks
 from torch.testing import assert_close
 
 from newton_losses_nb.lab.classification import (CLASSIFIERS, ClassificationFeed, ClassificationTask, classification_config, classification_grid, digit_loss,
                                              first_step, glorot, lenet5, like_tanh, make_classifier, mlp)
-from newton_losses_nb.core.curvature import NeverLooks, mean_hessian
+from newton_losses_nb.core.derivatives import derivatives
+from newton_losses_nb.core.newton import OutputLoss
+from newton_losses_nb.lab.ablations import ABLATIONS, ablation_config
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import METHODS, SortingTask, fit, run_all, sorting_config
+from newton_losses_nb.lab.experiment import METHODS, SortingTask, directions, fit, run_all, sorting_config
 from newton_losses_nb.lab.fast_training import SideBySide, seeds_together
 from newton_losses_nb.lab.plots import plot_curves
-from newton_losses_nb.lab.records import read_runs, stored_results
+from newton_losses_nb.lab.paths import path_config
+from newton_losses_nb.lab.records import read_runs, run_key, stored_results
 from newton_losses_nb.lab.report import caption, group_runs, summary
 
 DIGITS = load_digits()
@@ -45,7 +49,9 @@ def test_sgd_starts_with_steps_of_one_length(method):
     lam, max_norm = 0.07, 0.2
     t = task("mlp_relu", "sgd", method, lam=lam, max_norm=max_norm, lr=0.5)
     y, labels = torch.zeros(10, 10, dtype=torch.float64, requires_grad=True), torch.arange(10)
-    def step(name, lr): return lr*torch.autograd.grad(METHODS[name](digit_loss, lam, max_norm)(y, labels), y)[0].norm()
+    def step(name, lr):
+        loss = OutputLoss(digit_loss, directions(lam, max_norm)[name])
+        return lr*torch.autograd.grad(loss(y, labels), y)[0].norm()
     assert_close(step(method, t.lr), step("none", 0.5))
     a = task("mlp_relu", "sgd", method, lam=lam, max_norm=max_norm, lr=0.5, gain=3.).lr
     assert math.isclose(a, t.lr*(1 if method == "none" else 3), rel_tol=1e-12)
@@ -65,7 +71,7 @@ def test_side_by_side_is_one_by_one(optimizer, network, method, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_step_of_many_seeds_never_looks(optimizer):
-    for method in ("none", "clip", "rms"):
+    for method in METHODS:
         side = SideBySide([task("lenet_relu", optimizer, method, seed=s) for s in (0, 1)])
         first, second = side.feed.draw(2)
         side.step(first)
@@ -110,7 +116,7 @@ def test_networks_depend_on_the_seed_alone(name):
 def test_hessian_of_the_cross_entropy(dtype):
     y = 3*torch.randn(30, 10, dtype=dtype)
     p, t = y.softmax(1), torch.randint(10, (30,))
-    H = mean_hessian(digit_loss, y, t)
+    H = derivatives(digit_loss, y, t, second="full")[2].mean(0)
     assert_close(H, torch.diag(p.mean(0)) - p.T @ p/30, rtol=1e-4, atol=1e-6)
     assert torch.linalg.eigvalsh(H.double()).min() > -1e-6 and H.sum(1).abs().max() < 1e-5
 
@@ -136,22 +142,19 @@ def test_names_of_settings_and_gains():
     rows = group_runs([made(), made(method="rms", gain=.3), made(method="rms", gain=3.), made(method="fisher", gain=2.)])
     assert list(rows.method) == ["none", "fisher", "rms, gain=0.3", "rms, gain=3.0"] and rows.setting.nunique() == 1
 
-def test_older_records_keep_their_keys():
-    for r in read_runs(stored_results("sorting_cpu"))[:20]:
-        assert SortingTask(r["config"], DIGITS).key == r["key"] and "optimizer" not in r["config"]
-    t = SortingTask(sorting_config(lr=0.02), DIGITS)
-    assert t.optimizer is torch.optim.Adam and t.lr == 0.02
+CONFIGS = dict(sorting_cpu=sorting_config, sorting_cpu_tuning=sorting_config, choosing_cpu=sorting_config,
+               paths_cpu=path_config, paths_cpu_tuning=path_config,
+               classification_cpu=classification_config, classification_cpu_tuning=classification_config,
+               **{f"ablation_{k}_cpu": ablation_config for k in (*ABLATIONS, "tuning")})
 
-def test_stored_runs_are_those_of_this_code():
-    try: folder = stored_results("classification_cpu")
-    except FileNotFoundError: pytest.skip("no results are stored")
-    for r in read_runs(folder):
-        c = r["config"]
-        again = {k: c[k] for k in ("network", "optimizer", "method", "seed", "epochs", "batch", "lr", "pool", "train", "eval_every") if c[k] is not None}
-        again |= {k: c[k] for k in ("gain", "lam", "max_norm") if c[k] is not None}
-        t = ClassificationTask(classification_config(**again), DIGITS)
-        assert t.key == r["key"] and t.config == c, (t.config, c)
-        assert not (r["git_commit"] or "").endswith("dirty")
+@pytest.mark.parametrize("folder", CONFIGS)
+def test_stored_runs_are_found_again(folder):
+    "The same settings give the same configuration and the same key as in version 0.1"
+    make, runs = CONFIGS[folder], read_runs(stored_results(folder))
+    derived = ("task", "steps", "setting", "loss") if make is classification_config else ("task", "steps") if make is path_config else ("task",)
+    for r in runs:
+        c = make(**{k: v for k, v in r["config"].items() if v is not None and k not in derived})
+        assert c == r["config"] and run_key(c, r["data_source"]) == r["key"], (c, r["config"])
 
 def test_digits_of_a_folder(tmp_path):
     import gzip, struct

@@ -9,7 +9,6 @@ __all__ = ['CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'digit_loss', 'mlp', 'lene
 
 # %% ../../nbs/lab/09_classification.ipynb #7c1fab73
 import functools
-import math
 from collections.abc import Iterable, Iterator
 
 import pandas as pd
@@ -20,8 +19,11 @@ from torch import Tensor, nn
 
 from . import models
 from .data import pool_digits
-from .experiment import CLIPPED, DAMPED, METHODS, PRECISIONS, Task
-from .fast_training import FEEDS, _epochs
+from ..core.newton import OutputLoss
+from .experiment import (
+    METHODS, PRECISIONS, Task, check_choices, check_positive, check_whole, directions,
+    method_settings, shuffled_batches)
+from .fast_training import FEEDS, EpochFeed
 
 # %% ../../nbs/lab/09_classification.ipynb #a40aa3ba
 def digit_loss(
@@ -66,7 +68,8 @@ def layer_gradients(
     lam:float=0.1,  # Damping λ
 ) -> list[float]:   # From the first layer to the last
     "Norm of the gradient of each layer's weights"
-    weights, loss = [m.weight for m in weight_layers(net)], METHODS[method](digit_loss, lam, 0.1)
+    weights = [m.weight for m in weight_layers(net)]
+    loss = OutputLoss(digit_loss, directions(lam)[method])
     return [g.norm().item() for g in torch.autograd.grad(loss(net(x), t), weights)]
 
 # %% ../../nbs/lab/09_classification.ipynb #27fe5930
@@ -109,16 +112,16 @@ def make_classifier(
 
 # %% ../../nbs/lab/09_classification.ipynb #a1fa4150
 OPTIMIZERS = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam) # Optimisers by name
-BASE_RATES = dict(sgd=0.3, adam=3e-3)                         # Learning rate of the plain loss, for each optimiser
+BASE_RATES = dict(sgd=0.3, adam=3e-3) # Learning rate of the plain loss, for each optimiser
 
 def first_step(
     method:str,         # A key of `METHODS`
     lam:float|str|None, # Damping λ
     max_norm:float|None,# Largest norm
 ) -> float:             # Plain over method
-    "How much longer the plain loss's step is than a method's, where all digits are equally likely"
-    y, t = torch.zeros(10, 10, dtype=torch.float64, requires_grad=True), torch.arange(10)
-    def size(name): return torch.autograd.grad(METHODS[name](digit_loss, lam, max_norm)(y, t), y)[0].norm().item()
+    "How much longer the plain loss's step is, where all digits are equally likely"
+    y, t, table = torch.zeros(10, 10).double(), torch.arange(10), directions(lam, max_norm)
+    def size(name): return OutputLoss(digit_loss, table[name]).directions(y, t)[1].norm().item()
     return size("none")/size(method)
 
 # %% ../../nbs/lab/09_classification.ipynb #10355416
@@ -130,41 +133,33 @@ def classification_config(
     epochs:int=1,                # Passes through the training digits
     batch:int=50,                # Digits in a step
     lr:float|None=None,          # Learning rate of the plain loss; None: from `BASE_RATES`
-    gain:float=1.,               # Factor on the learning rate for other methods than the plain loss
+    gain:float=1.,               # Factor on it for other methods than the plain loss
     lam:float|str=0.1,           # Damping λ of the Newton losses and the scalar step
-    max_norm:float=0.1,          # Largest norm for "clip" (a sample's gradient) and "clip_grad" (the parameters')
+    max_norm:float=0.1,          # For "clip" (samples) and "clip_grad" (parameters)
     pool:int=2,                  # Shrink the digits by this factor: 1 or 2
     train:int=4000,              # Training digits, as many as the data have
     device:str="cpu",            # Where to train
-    precision:str="float32",     # "float32", "tf32", "bf16" (the network only) or "float64"
+    precision:str="float32",     # One of `PRECISIONS`
     eval_every:int|None=None,    # Steps between evaluations; None: one epoch
 ) -> dict:                       # The configuration, with unused entries None
     "Check and complete the configuration of a classification run"
     c = dict(locals(), task="classification", loss="cross_entropy")
-    _check_classification(c)
-    c["setting"] = f"{network}, {optimizer}, {epochs} epoch" + "s"*(epochs > 1)
-    c["lr"] = BASE_RATES[optimizer] if lr is None else lr
-    if method == "none": c["gain"] = None
-    if method not in DAMPED: c["lam"] = None
-    if method not in CLIPPED: c["max_norm"] = None
-    c["steps"] = epochs*(train//batch)
+    check_choices(c, network=CLASSIFIERS, optimizer=OPTIMIZERS, method=METHODS, pool=(1, 2),
+                  precision=PRECISIONS)
+    check_whole(c, epochs=1, batch=1, train=1, seed=0)
+    if batch > train: raise ValueError(
+        f"batch: expected at most the {train} training digits, got {batch}")
     c["eval_every"] = train//batch if eval_every is None else eval_every
-    METHODS[method](None, lam, max_norm)
+    check_whole(c, eval_every=1)
+    c["lr"] = BASE_RATES[optimizer] if lr is None else lr
+    check_positive(c, "lr", "gain")
+    if method == "none": c["gain"] = None
+    c |= method_settings(method, lam, max_norm)
+    if c["lam"] == 0: raise ValueError(
+        "lam: expected a positive number, got 0: the curvature of the cross-entropy is singular")
+    c["setting"] = f"{network}, {optimizer}, {epochs} epoch" + "s"*(epochs > 1)
+    c["steps"] = epochs*(train//batch)
     return c
-
-# %% ../../nbs/lab/09_classification.ipynb #d73a3f8e
-def _check_classification(c):
-    choices = dict(network=CLASSIFIERS, optimizer=OPTIMIZERS, method=METHODS, pool=(1, 2), precision=PRECISIONS)
-    for k, known in choices.items():
-        if c[k] not in known: raise ValueError(f"{k}: expected one of {', '.join(map(str, known))}, got {c[k]!r}")
-    for k in ("epochs", "batch", "train", "eval_every", "seed"):
-        least = 0 if k == "seed" else 1
-        if not (k == "eval_every" and c[k] is None) and (not isinstance(c[k], int) or c[k] < least):
-            raise ValueError(f"{k}: expected a whole number, at least {least}, got {c[k]!r}")
-    for k in ("lr", "gain"):
-        if not (k == "lr" and c[k] is None) and not 0 < c[k] < math.inf: raise ValueError(f"{k}: expected a positive number, got {c[k]!r}")
-    if c["batch"] > c["train"]: raise ValueError(f"batch: expected at most the {c['train']} training digits, got {c['batch']}")
-    if c["method"] in DAMPED and c["lam"] == 0: raise ValueError("lam: expected a positive number, got 0: the curvature of the cross-entropy is singular")
 
 # %% ../../nbs/lab/09_classification.ipynb #c3aee383
 class ClassificationTask(Task):
@@ -217,7 +212,8 @@ class ClassificationTask(Task):
     def batches(self):
         "Endless stream of training batches: images and the argument of the loss"
         x, t = self.data("train")
-        for i in _epochs(len(t), self.config["batch"], self.config["seed"]): yield x[i], (t[i],)
+        c = self.config
+        for i in shuffled_batches(len(t), c["batch"], c["seed"]): yield x[i], (t[i],)
 
     def evaluation(
         self,
@@ -244,24 +240,15 @@ class ClassificationTask(Task):
         return None
 
 # %% ../../nbs/lab/09_classification.ipynb #4c19c63d
-class ClassificationFeed:
+class ClassificationFeed(EpochFeed):
     "Training digits for several seeds of a classification run"
-    generators = ()
     def __init__(
         self,
         tasks:list,           # `ClassificationTask`s that differ in the seed
         sweeps:int|None=None, # Not used: for paths
     ):
-        first, self.loss_fn = tasks[0], tasks[0].loss_fn
-        self.x, self.t = first.data("train")
-        self.streams = [_epochs(len(self.t), t.config["batch"], t.config["seed"]) for t in tasks]
-
-    def draw(
-        self,
-        steps:int,                   # How many steps
-    ) -> Int64[Tensor, "steps K N"]: # Numbers of the digits, for each seed
-        "Which digits the next steps take"
-        return torch.stack([torch.stack([next(s) for s in self.streams]) for _ in range(steps)])
+        self.loss_fn, (self.x, self.t) = tasks[0].loss_fn, tasks[0].data("train")
+        super().__init__(tasks, len(self.t))
 
     def batch(
         self,

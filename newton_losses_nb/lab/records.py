@@ -50,15 +50,16 @@ def _processor():
 # %% ../../nbs/lab/02_records.ipynb #254cdeea
 def environment(
     device:str|torch.device='cpu', # Where the runs are trained
-    processes:int=1,               # Processes that share a run
-) -> dict:                         # `device_name`, `processes`, `versions`, `git_commit`, `command`
+) -> dict:                         # `device_name`, `versions`, `git_commit`, `command`
     "The circumstances that a record names"
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f"{_processor()}, {torch.get_num_threads()} threads"
-    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'newton_losses_nb': __version__}
-    if device.type == 'cuda': versions['cuda'] = torch.version.cuda
+    device, cuda = torch.device(device), torch.device(device).type == 'cuda'
+    threads = f"{_processor()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if cuda else threads
+    versions = {'torch': torch.__version__, 'python': platform.python_version(),
+                'newton_losses_nb': __version__}
+    if cuda: versions['cuda'] = torch.version.cuda
     command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(device_name=name, processes=processes, versions=versions, git_commit=_git_commit(), command=command)
+    return dict(device_name=name, versions=versions, git_commit=_git_commit(), command=command)
 
 # %% ../../nbs/lab/02_records.ipynb #b834fd81
 def _plain(x):
@@ -121,8 +122,11 @@ def _files(p):
     if p.is_file(): return [p]
     if not p.exists(): raise FileNotFoundError(f"paths: there is no folder or file {str(p)!r}")
     files = sorted(p.glob("*.jsonl"))
-    if not files: raise FileNotFoundError(f"paths: the folder {str(p)!r} holds no .jsonl files of results")
-    return files
+    if files: return files
+    inside = sorted([*p.glob("*/*.jsonl"), *p.glob("*/*/*.jsonl")])
+    below = dict.fromkeys(str(f.parent) for f in inside)
+    raise FileNotFoundError(f"paths: the folder {str(p)!r} holds no .jsonl files of results"
+                            + (f"; these do: {', '.join(below)}" if below else ""))
 
 # %% ../../nbs/lab/02_records.ipynb #6d14601c
 def read_runs(

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_rel
 
+from .experiment import METHODS
+
 # %% ../../nbs/lab/04_report.ipynb #739fa750
 method_fields = ("lam", "max_norm", "gain", "eigenvalues", "average") # Entries of a configuration that belong to the method, not to the setting
 
@@ -39,8 +41,7 @@ def _names(settings):
     return [", ".join([name, *others]) for name, others in zip(short, more)]
 
 # %% ../../nbs/lab/04_report.ipynb #18b75fc7
-method_order = ("none", "fisher", "hessian", "hessian_abs", "hessian_clip", # In which order methods are shown
-                "clip", "clip_grad", "rms", "scalar")
+method_order = tuple(METHODS) # In which order methods are shown
 
 def _natural(text):
     "Sort key: text, number, text, …"
@@ -113,10 +114,12 @@ def in_percent(
 def _score(r, metric):
     "The metric of a run in percent; NaN if the run failed"
     if r["status"] == "failed": return np.nan
-    v = r["result"].get(metric)
+    known, v = ", ".join(filter(in_percent, r["result"])), r["result"].get(metric)
+    if metric not in r["result"]:
+        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
     if in_percent(metric) and isinstance(v, (int, float)) and 0 <= v <= 1: return 100*v
     raise ValueError(f"metric: {metric!r} is {v!r} in the result of run {r['key']}; "
-                     f"expected a fraction, such as {', '.join(filter(in_percent, r['result']))}")
+                     f"expected a fraction, such as {known}")
 
 # %% ../../nbs/lab/04_report.ipynb #699ec983
 def summary(
