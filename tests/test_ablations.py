@@ -12,7 +12,7 @@ from newton_losses_nb.lab import ablations
 from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare_arms,
                                         forget, reorder, run_ablation, wrong_orders)
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import sorting_config
+from newton_losses_nb.lab.experiment import run_record, sorting_config
 from newton_losses_nb.core.newton import Fisher, OutputLoss
 from newton_losses_nb.lab.report import paired_test
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
@@ -136,3 +136,8 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
     assert [r["key"] for r in run_ablation(name, **tiny)] == [r["key"] for r in runs]
     assert {f: f.read_bytes() for f in tmp_path.rglob("*.jsonl")} == before
     if name == "transfer": assert all({"n5_match", "n10_match"} <= r["result"].keys() for r in runs)
+
+@pytest.mark.parametrize("method", ["hessian", "hessian_abs_sample"])
+def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
+    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations.STEEP)
+    assert run_record(AblationTask(c, digits), {})["status"] == "ok"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from newton_losses_nb import (
-    DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss, PerSample, Remembering, Scalar, Window, inject_fisher)
+    DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss, Remembering, Scalar, Window, inject_fisher)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, and kills by signals, which Windows has not")
 

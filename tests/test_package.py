@@ -33,8 +33,8 @@ FRONT = """NewtonLoss OutputLoss inject_fisher newton_target newton_direction Di
 
 def test_names_at_the_front_door():
     import newton_losses_nb
-    assert sorted(newton_losses_nb.__all__) == sorted(FRONT.split())
-    assert all(hasattr(newton_losses_nb, name) for name in FRONT.split())
+    assert set(FRONT.split()) <= set(newton_losses_nb.__all__)
+    assert all(hasattr(newton_losses_nb, name) for name in newton_losses_nb.__all__)
 
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.name != "_modidx.py")
 
@@ -44,8 +44,7 @@ def test_lines_of_the_core(module):
     cells = (PACKAGE/module).read_text(encoding="utf-8").split("\n# %% ")
     assert not [line for cell in cells[2:] for line in cell.splitlines() if len(line) > 100]
 
-OLD = ("lab/classification.py", "lab/cli.py", "lab/fast_training.py", "lab/paths.py", "lab/processes.py", "lab/scaling.py", "paths/terrain.py",
-       "sorting/losses.py", "sorting/more.py", "sorting/networks.py")
+OLD = ("paths/terrain.py",)                                                   # takes some from lab.data
 
 def of_this_package(node): return isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "newton_losses_nb")
 

@@ -523,7 +523,8 @@ def check_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     check_outputs(y)
-    if y.ndim != 2: raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}")
+    if y.ndim != 2 or not len(y):
+        raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}")
     if not y.isfinite().all(): raise ValueError("y: expected finite outputs")
     if directions < 2: raise ValueError(f"directions: expected at least 2, got {directions}")
     (n, m), kind = y.shape, str(y.dtype)[6:]

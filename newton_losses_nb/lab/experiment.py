@@ -149,6 +149,7 @@ class Task:
     milestones = ()               # Steps after which the learning rate falls tenfold
     optimizer = torch.optim.Adam  # Called with the weights and `lr`
     directions = staticmethod(directions) # Makes the table of methods
+    check = True                  # Check the loss's derivatives at the first call?
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class Task:
 
     def output_loss(self, loss_fn, direction, **options):
         "The loss to train with"
-        return OutputLoss(loss_fn, direction, **options)
+        return OutputLoss(loss_fn, direction, check=self.check, **options)
 
     def time(self, step):
         "What the curves say of the time at a step"
@@ -214,6 +215,7 @@ def shuffled_batches(
 # %% ../../nbs/lab/03_experiment.ipynb #2c49142c
 class SortingTask(Task):
     "Four-digit sorting: network, loss, data and scores for one configuration"
+    check = False
     def __init__(
         self,
         config:dict,  # From `sorting_config`
