@@ -596,7 +596,12 @@ def newton_target(
     D = newton_direction(loss_fn, y, *args, **kwargs)[1]
     return (y.detach().to(D.dtype) - D).to(y.dtype)
 
-# %% ../../nbs/core/04_newton.ipynb #6739b358
+# %% ../../nbs/core/04_newton.ipynb #143ed3d0
+class _Linear:
+    "The loss whose gradient is `G`, whatever `y` is"
+    def __call__(self, y, G): return (y*G).sum(-1)
+    def derivatives(self, y, G, hessian): return self(y, G), G, None
+
 class _Inject(torch.autograd.Function):
     "Identity forward; backward, gradients become directions"
     @staticmethod
@@ -647,7 +652,7 @@ def inject_fisher(
     "Give whatever loss follows the gradient of a Fisher Newton loss (paper, Algorithm 2)"
     choice("reduction", reduction, ("mean", "sum"))
     if not callable(scale): _scale(scale)
-    linear = OutputLoss(lambda y, G: (y*G).sum(-1), Fisher(lam), None, False, on_nonfinite, group)
+    linear = OutputLoss(_Linear(), Fisher(lam), None, False, on_nonfinite, group)
     linear._check_call(y, None, ())
     if y.ndim != 2: raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}")
     return _Inject.apply(y, linear, reduction, scale)
