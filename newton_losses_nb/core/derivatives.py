@@ -154,7 +154,8 @@ def _check_second(loss_fn, y, args, G, products):
     size, doubt = seen.norm(dim=1).maximum(once.norm(dim=1)), (twice - once).norm(dim=1)
     doubt = doubt.maximum(doubt.nanmedian()) + noise + size.amax()*1e-6
     doubt = doubt + v.norm(dim=1)*torch.finfo(y.dtype).tiny*1e6  # tails that y's type does not hold
-    if ((seen - once).norm(dim=1) > size/10 + 5*doubt).sum() > len(y)/100: raise ValueError(
+    off = ((seen - once).norm(dim=1) > size/10 + 5*doubt) & once.any(1)  # else an estimate's own
+    if off.sum() > len(y)/100: raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with "
         "y in a way that autograd does not see (once_differentiable, a detach, a compiled function "
         "or numpy inside?); use curvature='fisher', or give the loss its own `derivatives`")
