@@ -19,7 +19,7 @@ HEAVY = ("pandas", "matplotlib", "scipy", "pooch", "mlxtend", "nbdev", "IPython"
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
-@pytest.mark.parametrize("module", ["", ".core.splitting", ".core.derivatives", ".core.evidence", ".core.solves", ".core.newton", ".core.memory", ".core.large",
+@pytest.mark.parametrize("module", ["", ".core.derivatives", ".core.evidence", ".core.solves", ".core.newton", ".core.memory", ".core.large",
                                     ".core.check", ".core.adapters", ".sorting.relaxations", ".sorting.networks", ".sorting.losses", ".sorting.more",
                                     ".paths.exact", ".paths.relaxed", ".paths.smoothing", ".lab.cli"])
 def test_light_import(module):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'NonFiniteError', 'describe', 'check_outputs', 'sample_losses', 'backward_rows', 'full_precision',
-           'derivatives', 'sets_of_equal_size', 'padded_losses', 'padded_derivatives']
+           'derivatives', 'Padded']
 
 # %% ../../nbs/core/01_derivatives.ipynb #ba0b0b01
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,7 +33,6 @@ def check_outputs(y:Tensor):
         f"y: expected shape (N, m), N samples of m outputs, got {tuple(y.shape)}"
         + "; use y[:, None] for one output"*(y.ndim == 1))
 
-# %% ../../nbs/core/01_derivatives.ipynb #ec0c2d07
 def sample_losses(
     loss_fn:Callable,       # Per-sample loss
     y:Float[Tensor, "N m"], # Network outputs
@@ -40,31 +40,30 @@ def sample_losses(
 ) -> Float[Tensor, "N"]:    # One loss per sample
     "Call a per-sample loss and check that it is one"
     loss = loss_fn(y, *args)
-    if isinstance(loss, Tensor) and loss.shape == y.shape[:1]: return loss
-    hints = {(): "; do not reduce it (reduction='none')", y.shape: "; sum over the other axes"}
-    raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), got "
-                     f"{describe(loss)}{hints.get(getattr(loss, 'shape', None), '')}")
+    shape = getattr(loss, "shape", None)
+    if isinstance(loss, Tensor) and shape == y.shape[:1]: return loss
+    hint = "; do not reduce it (reduction='none')"*(shape == ())
+    if shape in (y.shape, (len(y), 1)): hint = "; sum over the other axes"
+    raise ValueError("loss_fn: expected one loss per sample, "
+                     f"shape ({len(y)},), got {describe(loss)}{hint}")
 
 # %% ../../nbs/core/01_derivatives.ipynb #10100974
 def backward_rows(G, y, rows:Float[Tensor, "K N m"]) -> Float[Tensor, "K N m"]:
     "Rows sent back through the gradients `G` of `y`, at once where torch can, else one by one"
-    def back(v, batched): return torch.autograd.grad(
-        G, y, v, retain_graph=True, is_grads_batched=batched, allow_unused=True)[0]
-    H = None
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            if G.requires_grad: H = back(rows, True)
+    def back(v, batched=False):
+        H, = torch.autograd.grad(
+            G, y, v, retain_graph=True, is_grads_batched=batched, allow_unused=True)
+        return torch.zeros_like(v) if H is None else H
+    if not G.requires_grad: return torch.zeros_like(rows)
+    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return back(rows, batched=True)
+    try: return torch.stack([back(v) for v in rows])
     except torch.cuda.OutOfMemoryError: raise
-    except RuntimeError:
-        try: H = [back(v, False) for v in rows]
-        except torch.cuda.OutOfMemoryError: raise
-        except RuntimeError as e: raise ValueError(
-            "loss_fn: expected a loss that can be differentiated twice, but autograd says: "
-            f"{str(e).splitlines()[0]}; use curvature='fisher' (or, for a compiled loss, give "
-            "the function as it was before torch.compile)") from e
-        H = None if H[0] is None else torch.stack(H)
-    return torch.zeros_like(rows) if H is None else H
+    except RuntimeError as e: raise ValueError(
+        "loss_fn: expected a loss that can be differentiated twice, but autograd says: "
+        f"{str(e).splitlines()[0]}; use curvature='fisher' (or, for a compiled loss, give the "
+        "function as it was before torch.compile)") from e
 
 # %% ../../nbs/core/01_derivatives.ipynb #d8d08d14
 def full_precision(y:Tensor) -> contextlib.AbstractContextManager:
@@ -84,44 +83,40 @@ def derivatives(
     check:bool=True,        # Are samples independent, and second derivatives right?
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N m"], Float[Tensor, "N ..."]|Callable|None]:
     "Loss, gradient and second derivatives of every sample, detached"
-    if hasattr(loss_fn, "derivatives"): return _own_derivatives(loss_fn, y, args, second)
-    with torch.inference_mode(False), torch.enable_grad():
-        y, args = y.detach(), list(args)
-        for i, a in enumerate(args):
-            if isinstance(a, Tensor) and a.is_inference(): args[i] = a.clone()
-        y = (y.clone() if y.is_inference() else y).requires_grad_()
-        loss, G = sample_losses(loss_fn, y, *args), None
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(y):
+        if hasattr(loss_fn, "derivatives"): return _own_derivatives(loss_fn, y, args, second)
+        y, *args = [a.clone() if isinstance(a, Tensor) and a.is_inference() else a
+                    for a in (y.detach(), *args)]
+        loss, G = sample_losses(loss_fn, y.requires_grad_(), *args), None
         if loss.requires_grad: G, = torch.autograd.grad(
             loss.sum(), y, create_graph=second is not None, retain_graph=True, allow_unused=True)
         if G is None: raise ValueError(
             "loss_fn: expected values that depend on y, got values that do not (a detach inside?)")
         if check and len(y) > 1: _check_independent(loss, G, y)
-        H = None if second is None else _products(G, y)
-        if check and H is not None:                  # no concern of a checkpoint around the loss
+        H = second and partial(_products, G, y)
+        if check and second:                         # no concern of a checkpoint around the loss
             with torch.autograd.graph.saved_tensors_hooks(*[lambda x: x]*2):
                 _check_second(loss_fn, y, args, G.detach(), H)
         if second in ("full", "diagonal"): H = _unit_products(H, y, second == "full")
     return loss.detach(), G.detach(), H
 
-def _products(G, y):
+def _products(G, y, V):
     "Products of vectors `(K, N, m)` with the Hessians of all samples, some at a time"
     size = max(1, BUDGET//max(1, y.numel()))
-    def back(v): return backward_rows(G, y, v.to(y.dtype)).detach()
-    return lambda V: torch.cat([back(v) for v in V.split(size)])
+    with full_precision(y):
+        return torch.cat([backward_rows(G, y, v.to(y.dtype)).detach() for v in V.split(size)])
 
 def _unit_products(products, y, full):
     "Hessians, or their diagonals, from products with the unit vectors"
-    parts, units = [], torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
-    for rows in units.split(max(1, BUDGET//y.numel())):
-        E = rows[:, None].expand(-1, *y.shape)
-        parts.append(products(E) if full else (E*products(E)).sum(-1))
-    return torch.cat(parts).movedim(0, 1)
+    E = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, *y.shape)
+    if full: return products(E).movedim(0, 1)
+    some = E.split(max(1, BUDGET//max(1, y.numel())))
+    return torch.cat([(v*products(v)).sum(-1) for v in some]).movedim(0, 1)
 
 def _own_derivatives(loss_fn, y, args, second):
     "What a loss says of itself; it gives Hessians or none"
-    with torch.inference_mode(False), full_precision(y):
-        loss, G, H = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
-    H = None if second is None else H.detach()
+    loss, G, H = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
+    H = second and H.detach()
     if second == "diagonal": H = H.diagonal(dim1=-2, dim2=-1)
     products = lambda V: (V.to(H.dtype).unsqueeze(-2) @ H)[..., 0, :]
     return loss.detach(), G.detach(), products if second == "products" else H
@@ -132,7 +127,7 @@ def _check_independent(loss, G, y):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0), device="cpu")
     v = 2.**-(order % (4 if y.dtype == torch.float16 else 16)).to(y.device, y.dtype)
     Gv, = torch.autograd.grad(loss, y, v.to(loss.dtype), retain_graph=True)
-    off, size = ((x.detach().abs().amax()) for x in (Gv/v[:, None] - G, G))
+    off, size = (x.detach().abs().amax() for x in (Gv/v[:, None] - G, G))
     if off > 1e-3*size.clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
         "loss_fn: expected independent samples, but the loss of one sample depends on the outputs "
         "of another (a mean, normalisation or ranking over the batch inside the loss?); average "
@@ -142,7 +137,7 @@ def _check_independent(loss, G, y):
 def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
     signs = torch.randint(2, y.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    v = (2*signs - 1).to(y)*(1 + y.detach().abs())
+    v, tiny = (2*signs - 1).to(y)*(1 + y.detach().abs()), torch.finfo(y.dtype).tiny
     def gradient(x): return torch.autograd.grad(loss_fn(x.requires_grad_(), *args).sum(), x)[0]
     def change(x, h): return (gradient(x + h*v) - gradient(x - h*v))/(2*h)
     def changes(x):
@@ -150,51 +145,46 @@ def _check_second(loss_fn, y, args, G, products):
         return change(x, h), change(x, 2*h), 1e2*torch.finfo(x.dtype).eps/h*G.norm(dim=1)
     try: once, twice, noise = changes(y.detach().double())
     except (RuntimeError, TypeError): once, twice, noise = changes(y.detach())
-    seen = products(v[None])[0].to(once)
-    size, doubt = seen.norm(dim=1).maximum(once.norm(dim=1)), (twice - once).norm(dim=1)
+    seen, length = products(v[None])[0].to(once), lambda x: x.norm(dim=1)
+    size, doubt = length(seen).maximum(length(once)), length(twice - once)
     doubt = doubt.maximum(doubt.nanmedian()) + noise + size.amax()*1e-6
-    doubt = doubt + v.norm(dim=1)*torch.finfo(y.dtype).tiny*1e6  # tails that y's type does not hold
-    off = ((seen - once).norm(dim=1) > size/10 + 5*doubt) & once.any(1)  # else an estimate's own
+    doubt = doubt + length(v)*tiny*1e6               # tails that y's type does not hold
+    off = (length(seen - once) > size/10 + 5*doubt) & once.any(1)  # else an estimate's own
     if off.sum() > len(y)/100: raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient changes with "
         "y in a way that autograd does not see (once_differentiable, a detach, a compiled function "
         "or numpy inside?); use curvature='fisher', or give the loss its own `derivatives`")
 
 # %% ../../nbs/core/01_derivatives.ipynb #d186b929
-def sets_of_equal_size(y, mask:Bool[Tensor, "N m"], args:tuple=()) -> Iterator[tuple]:
-    "For each number of real outputs: which samples, where their outputs are, both without padding"
-    sizes = mask.sum(1)
-    for k in sizes.unique().tolist():
-        if k == 0: continue
-        i = (sizes == k).nonzero()[:, 0]
-        real = lambda a: a[i][mask[i]].view(len(i), k)
-        cut = lambda a: real(a) if a.shape == y.shape else a[i] if len(a) == len(y) else a
-        more = tuple(cut(a) if isinstance(a, Tensor) and a.ndim else a for a in args)
-        yield i, mask[i].nonzero()[:, 1].view(len(i), k), real(y), more
+class Padded:
+    "A loss of padded sets, called once for each size without padding; zero for an empty set"
+    def __init__(self, loss_fn:Callable, mask:Bool[Tensor, "N m"]):
+        self.loss_fn, self.mask = loss_fn, mask
+        if hasattr(loss_fn, "derivatives"): self.derivatives = self._own_derivatives
 
-def padded_losses(loss_fn, y, mask:Bool[Tensor, "N m"], *args) -> Float[Tensor, "N"]:
-    "`sample_losses` of padded sets, zero for an empty set"
-    loss = y.new_zeros(len(y))
-    for i, _, part, more in sets_of_equal_size(y, mask, args):
-        found = sample_losses(loss_fn, part, *more)
-        loss = loss.to(found.dtype).index_copy(0, i, found)
-    return loss
+    def sets(self, y, args):
+        "For each size: which samples, where their outputs are, and what the loss is called with"
+        sizes = self.mask.sum(1)
+        for k in sizes.unique().tolist():
+            if k == 0: continue
+            i = (sizes == k).nonzero()[:, 0]
+            real = lambda a: a[i][self.mask[i]].view(len(i), k)
+            cut = lambda a: real(a) if a.shape == y.shape else a[i] if len(a) == len(y) else a
+            given = [cut(a) if isinstance(a, Tensor) and a.ndim else a for a in (y, *args)]
+            yield i, self.mask[i].nonzero()[:, 1].view(len(i), k), given
 
-# %% ../../nbs/core/01_derivatives.ipynb #42d8adbe
-def padded_derivatives(loss_fn, y, mask:Bool[Tensor, "N m"], *args, second=None, check=True):
-    "`derivatives` of padded sets, zero at padding"
-    (N, m), parts = y.shape, []
-    loss, G = y.new_zeros(N), torch.zeros_like(y)
-    H = {"full": y.new_zeros(N, m, m), "diagonal": torch.zeros_like(y)}.get(second)
-    for i, at, part, more in sets_of_equal_size(y, mask, args):
-        l, g, h = derivatives(loss_fn, part, *more, second=second, check=check)
-        loss[i], i = l.to(loss), i[:, None]
-        G[i, at] = g
-        if second == "full": H[i[:, None], at[:, :, None], at[:, None]] = h
-        elif second == "diagonal": H[i, at] = h
-        parts.append((i, at, h))
-    def products(V):
-        out = torch.zeros_like(V)
-        for i, at, h in parts: out[:, i, at] = h(V[:, i, at]).to(out)
-        return out
-    return loss, G, products if second == "products" else H
+    def __call__(self, y, *args):
+        loss = (0*y.where(self.mask, 0)).sum(1)
+        for i, _, given in self.sets(y, args):
+            found = sample_losses(self.loss_fn, *given)
+            loss = loss.to(found.dtype).index_copy(0, i, found)
+        return loss
+
+    def _own_derivatives(self, y, *args, hessian):
+        loss, G = y.new_zeros(len(y)), torch.zeros_like(y)
+        H = y.new_zeros(*y.shape, y.shape[1]) if hessian else None
+        for i, at, given in self.sets(y, args):
+            l, g, h = self.loss_fn.derivatives(*given, hessian=hessian)
+            loss[i], G[i[:, None], at] = l.to(loss), g.to(G)
+            if hessian: H[i[:, None, None], at[:, :, None], at[:, None]] = h.to(H)
+        return loss, G, H

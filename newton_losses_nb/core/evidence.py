@@ -25,25 +25,10 @@ class Batch(NamedTuple):
     weight: Float[Tensor, "*b N m"]|None=None # 1 where an output takes part; None: everywhere
 
     @property
-    def taken(self) -> Bool[Tensor, "*b N"]:
-        "Which samples take part"
-        return self.weight.any(-1)
-
-    @property
     def n(self) -> Float[Tensor, "*b"]:
         "How many samples take part"
-        if self.weight is not None: return self.taken.sum(-1).to(self.G)
+        if self.weight is not None: return self.weight.any(-1).sum(-1).to(self.G)
         return self.G.new_full(self.G.shape[:-2], self.G.shape[-2])
-
-    def __add__(self, other):
-        axis, sizes = self.G.ndim - 2, [self.G.shape[-2], other.G.shape[-2]]
-        def join(a, b):
-            if isinstance(a, Tensor): return torch.cat([a, b], axis)
-            both = lambda V: zip((a, b), V.split(sizes, axis + 1))
-            return a and (lambda V: torch.cat([f(v) for f, v in both(V)], axis + 1))
-        return Batch(*map(join, self, other))
-
-    def pooled(self, group): return self # Each sample is on its own
 
 # %% ../../nbs/core/02_evidence.ipynb #3a42c69c
 class Evidence(NamedTuple):
@@ -55,37 +40,35 @@ class Evidence(NamedTuple):
     rows: Float[Tensor, "*b M m"]|None = None # Gradients whose outer products are the curvature
 
     @classmethod
-    def of(cls, b:Batch) -> "Evidence":
-        "The sums that every direction may use"
+    def of(cls, b:Batch, **more) -> "Evidence":
+        "The sums that every direction may use, and `more`"
         square = b.G.square().sum(-2)
-        if b.weight is not None: return cls(square, b.weight.sum(-2), b.n)
+        if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         count = torch.full_like(square, b.G.shape[-2])
-        return cls(square, count, count[..., 0])
+        return cls(square, count, count[..., 0], **more)
 
-    def map(self, f:Callable, rows:Callable) -> "Evidence":
-        "The sums through `f`, the rows through `rows`"
-        keep = lambda f, x: None if x is None else f(x)
-        return Evidence(*(keep(f, x) for x in self[:4]), keep(rows, self.rows))
+    def map(self, f:Callable, of_rows:Callable|None=None) -> "Evidence":
+        "All sums through `f`, the rows through `of_rows` if that is given"
+        fs = [f]*(len(self) - 1) + [of_rows or f]
+        return Evidence(*(None if x is None else f(x) for f, x in zip(fs, self)))
 
     def __add__(self, other):
-        sums = [None if a is None else a + b for a, b in zip(self[:4], other)]
-        rows = None if self.rows is None else torch.cat([self.rows, other.rows], -2)
-        return Evidence(*sums, rows)
+        *sums, rows = (None if a is None else (a, b) for a, b in zip(self, other))
+        return Evidence(*(s and s[0] + s[1] for s in sums), rows and torch.cat(rows, -2))
 
     def __rmul__(self, w:float): return self.map(lambda x: w*x, lambda x: w**.5*x)
 
     def pooled(self, group:"Group") -> "Evidence":
         "The sum over processes"
-        if group.size == 1: return self
-        square = self.square
-        widths = [0] if square is None else group.gather(square.shape[-1], square.device)
+        if group.size == 1 or self.square is None: return self
+        widths = group.gather(self.square.shape[-1], self.square.device)
         if len(set(widths)) > 1: raise ValueError(
             f"y: expected equally many outputs in all processes, got {widths}")
         return self.map(group.add, lambda x: group.cat(x)[0])
 
     def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
         "Of one batch, some outputs"
-        e = self.map(lambda x: x[..., real] if x.ndim else x, lambda x: x[:, real])
+        e = self.map(lambda x: x[..., real] if x.ndim else x)
         return e if e.total is None or e.total.ndim == 1 else e._replace(total=e.total[real])
 
     @property
@@ -115,8 +98,7 @@ class Group:
         on = group is not None and dist.is_available() and dist.is_initialized()
         auto = isinstance(group, str) and group == "auto"
         if not (on or auto or group is None): raise ValueError(
-            "group: expected 'auto', None or a group of a running torch.distributed, got "
-            f"{group!r}")
+            f"group: expected 'auto', None or a group of a running torch.distributed, got {group!r}")
         self.group = None if auto else group
         self.size = dist.get_world_size(self.group) if on else 1
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .derivatives import BUDGET
-from .evidence import Batch, Evidence, Group
+from .evidence import Evidence, Group
 from .newton import Damped
 from .solves import damping, number, random_signs
 
@@ -74,16 +74,12 @@ class Products(NamedTuple):
 class Krylov(Damped):
     "Newton step for the mean Hessian by conjugate gradients, for very many outputs"
     second = "products"
-    def __init__(
-        self,
-        lam:float|str|Callable="auto", # Damping λ: a number, "auto", or a function
-        tol:float=1e-5,                # Relative residual to reach
-        max_iter:int=100,              # Most products with the Hessian
-    ):
+    def __init__(self, lam:float|str|Callable="auto", # Damping: a number, "auto", or a function
+                 tol:float=1e-5,                      # Relative residual to reach
+                 max_iter:int=100):                   # Most products with the Hessian
         super().__init__(lam)
-        self.tol = number("tol", tol, 0, 1)
+        self.tol, self.last = number("tol", tol, 0, 1), None
         self.max_iter = number("max_iter", max_iter, 1, whole=True)
-        self.last = None
 
     def observe(self, b):
         def total(V):
@@ -93,13 +89,12 @@ class Krylov(Damped):
         return Products(super().observe(b), (total,))
 
     def forward(self, e, G, mask=None):
-        group, start, N = e.group, 0, G.shape[-2]
+        start, N = 0, G.shape[-2]
         real = torch.ones_like(G) if mask is None else mask.to(G)
-        if group is not None and group.size > 1:
-            both, start = group.cat(torch.cat([G, real], -1))
+        if e.group is not None and e.group.size > 1:
+            both, start = e.group.cat(torch.cat([G, real], -1))
             G, real = both.chunk(2, -1)
-        signs = random_signs(8, G).expand(*G.shape[:-2], -1, -1)
-        size = None
+        signs, size = random_signs(8, G).expand(*G.shape[:-2], -1, -1), None
         if not isinstance(self.lam, float):
             size = e.mean(signs).square().mean((-2, -1)).sqrt().unsqueeze(-1)
         lam = damping(self.lam, e.sums, size).unsqueeze(-1).expand(G.shape[:-1])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .evidence import Evidence
-from .newton import Direction, PerSample, one_line
+from .newton import Direction, one_line
 from .solves import number
 
 # %% ../../nbs/core/05_memory.ipynb #02d327a4
@@ -23,7 +23,7 @@ class Memory(nn.Module):
         "Forget everything"
         self.past = ()
 
-    def keep(self, past):
+    def keep(self, past:list[Evidence]):
         "Remember this, unless a checkpoint computes a batch again"
         if torch._C._current_graph_task_id() != -1: raise RuntimeError(
             "a Newton loss with a memory cannot be recomputed by torch.utils.checkpoint, since it "
@@ -39,20 +39,17 @@ class Memory(nn.Module):
 
     def recall(self, e:Evidence) -> list[Evidence]:
         "What is remembered, on the device of new evidence and of its kind"
-        kind = lambda e: [None if x is None else (x.ndim, x.shape[-1]) for x in e[:2] + e[3:]]
+        kind = lambda e: [None if x is None else (x.ndim, *x.shape[-1:]) for x in e]
         for p in self.past:
             if kind(p) != kind(e): raise ValueError(
                 f"memory: expected evidence like that remembered, dimensions and outputs {kind(p)},"
                 f" got {kind(e)}; reset() it for another task, or pad all batches to one width")
-        return [p.map(lambda x: x.to(e.square), lambda x: x.to(e.square)) for p in self.past]
+        return [p.map(lambda x: x.to(e.square)) for p in self.past]
 
 # %% ../../nbs/core/05_memory.ipynb #790c593b
 class Window(Memory):
     "The last batches, all samples alike"
-    def __init__(
-        self,
-        length:int,  # Number of batches, the present one included
-    ):
+    def __init__(self, length:int): # Number of batches, the present one included
         super().__init__()
         self.length = number("length", length, 1, whole=True)
 
@@ -61,13 +58,9 @@ class Window(Memory):
         past = self.recall(e)[:self.length - 1]
         return sum(past, e), [e, *past]
 
-# %% ../../nbs/core/05_memory.ipynb #afe0bd3a
 class MovingAverage(Memory):
     "All batches, the older the less"
-    def __init__(
-        self,
-        decay:float,  # Factor on the weight of the past with each batch
-    ):
+    def __init__(self, decay:float): # Factor on the weight of the past with each batch
         super().__init__()
         self.decay = number("decay", decay, 0, 1)
 
@@ -85,18 +78,15 @@ def _compressed(rows):
 # %% ../../nbs/core/05_memory.ipynb #ed9bd6fa
 class Remembering(Direction):
     "A direction whose evidence is also summed over time"
-    def __init__(
-        self,
-        direction:Direction, # What is sent back, given the sum
-        memory:Memory,       # `Window(length)` or `MovingAverage(decay)`
-    ):
+    def __init__(self, direction:Direction, # What is sent back, given the sum
+                 memory:Memory):            # `Window(length)` or `MovingAverage(decay)`
         super().__init__()
-        sums = isinstance(direction, Direction) and not isinstance(direction, PerSample)
-        if not sums or direction.second == "products" or direction.memory: raise TypeError(
+        sums = isinstance(direction, Direction) and direction.shares and not direction.memory
+        if not sums or direction.second == "products": raise TypeError(
             f"direction: expected one whose evidence adds up over batches, got {direction!r}")
         if not isinstance(memory, Memory):
             raise TypeError(f"memory: expected a Window or a MovingAverage, got {memory!r}")
-        self.direction, self.second = direction, direction.second
+        self.direction, self.second, self.quick = direction, direction.second, direction.quick
         self.__dict__["memory"] = self._modules["memory"] = memory
 
     def reset(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECTRA', 'number', 'choice', 'auto_damping', 'damping', 'spectrum', 'row_spectrum', 'spectral_step', 'gram_step',
-           'row_step', 'diagonal_step', 'random_signs']
+           'row_step', 'random_signs']
 
 # %% ../../nbs/core/03_solves.ipynb #4a75def6
 from collections.abc import Callable
@@ -59,9 +59,8 @@ SPECTRA = { # What to do with negative eigenvalues
 
 def spectrum(C:Float[Tensor, "*b m m"], eigenvalues:str="raw") -> tuple[Tensor, Tensor]:
     "Eigenvalues `(*b, m)` and eigenvectors; of a matrix that is not finite, eigenvalues NaN"
-    spoiled = (0*C).sum((-2, -1)).unsqueeze(-1)
     e, V = torch.linalg.eigh(((C + C.mT)/2).nan_to_num(0, 0, 0))
-    return SPECTRA[eigenvalues](e) + spoiled, V
+    return SPECTRA[eigenvalues](e) + (0*C).sum((-2, -1)).unsqueeze(-1), V
 
 def row_spectrum(A:Float[Tensor, "*b M m"]) -> tuple[Tensor, Tensor]:
     "Eigenvalues and eigenvectors of AᵀA that are not zero; eigenvalues NaN where A is not finite"
@@ -69,32 +68,36 @@ def row_spectrum(A:Float[Tensor, "*b M m"]) -> tuple[Tensor, Tensor]:
     return s.square() + (0*A).sum((-2, -1)).unsqueeze(-1), Vh.mT
 
 def spectral_step(
-    G:Float[Tensor, "*b N m"],  # Gradients of the samples' own losses
-    e:Float[Tensor, "*b k"],    # Eigenvalues of the curvature; those left out are zero
-    V:Float[Tensor, "*b m k"],  # Their eigenvectors
-    lam:Float[Tensor, "*b"],    # Damping λ
-    power:float=1.,             # Power p: 1 is Newton's step, 1/2 whitens
-    signed:bool=False,          # May eigenvalues be negative?
-) -> Float[Tensor, "*b N m"]:   # Rows (C + λI)^(-p) G_i; NaN where C + λI is singular
+    G:Float[Tensor, "*b N m"],      # Gradients of the samples' own losses
+    e:Float[Tensor, "*b k"],        # Eigenvalues of the curvature; those left out are zero
+    V:Float[Tensor, "*b m k"]|None, # Their eigenvectors; None: those of a diagonal matrix
+    lam:Float[Tensor, "*b"],        # Damping λ
+    power:float=1.,                 # Power p: 1 is Newton's step, 1/2 whitens
+    signed:bool=False,              # May eigenvalues be negative?
+) -> Float[Tensor, "*b N m"]:       # Rows (C + λI)^(-p) G_i; NaN where C + λI is singular
     "Directions from a spectrum (paper, Definitions 1 and 2)"
-    lam, eps = lam.unsqueeze(-1), torch.finfo(G.dtype).eps
-    scale, noise = e + lam, G.shape[-1]*eps*e.abs().amax(-1, keepdim=True)
+    lam, m, eps = lam.unsqueeze(-1), G.shape[-1], torch.finfo(G.dtype).eps
+    scale, noise = e + lam, (1 if V is None else m)*eps*e.abs().amax(-1, keepdim=True)
     scale = scale.masked_fill(scale.abs() <= (noise if signed else noise*(lam == 0)), torch.nan)
+    scale = (scale if power == 1 else scale**power).unsqueeze(-2)
+    if V is None: return G/scale
     inside = G @ V
-    D = (inside/(scale if power == 1 else scale**power).unsqueeze(-2)) @ V.mT
-    if V.shape[-1] == V.shape[-2]: return D
+    D = (inside/scale) @ V.mT
+    if V.shape[-1] == m: return D
     rest, size = G - inside @ V.mT, torch.linalg.vector_norm(G, dim=-1, keepdim=True)
-    seen = torch.linalg.vector_norm(rest, dim=-1, keepdim=True) > 10*G.shape[-1]*eps*size
+    seen = torch.linalg.vector_norm(rest, dim=-1, keepdim=True) > 10*m*eps*size
     return D + rest.where(seen, 0)/lam.pow(power).unsqueeze(-2)
 
 # %% ../../nbs/core/03_solves.ipynb #b670f35d
-def gram_step(A:Float[Tensor, "*b M m"], G:Float[Tensor, "*b N m"], lam, own=False) -> Tensor:
-    "Rows (AᵀA + λI)⁻¹G_i by a Cholesky factor, for λ that is no tiny part of A; `own`: A is of G"
+def gram_step(e:Evidence, G:Float[Tensor, "*b N m"], lam:Tensor) -> Float[Tensor, "*b N m"]:
+    "Rows (F + λI)⁻¹G_i by a Cholesky factor, for λ that is no tiny part of F"
+    A = e.mean
     wide = A.shape[-2] < A.shape[-1]
     K = A @ A.mT if wide else A.mT @ A
     K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(K).L)
-    if not wide or own: return inverse @ G if wide else G @ inverse
+    if not wide: return G @ inverse
+    if e.rows is G: return inverse @ G
     return (G - (G @ A.mT) @ inverse @ A)/lam[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
@@ -113,33 +116,27 @@ def row_step(e:Evidence, G:Float[Tensor, "*b N m"], lam:Tensor) -> Float[Tensor,
     flat = size.amin(-1) <= R.shape[-1]*torch.finfo(R.dtype).eps*size.amax(-1)
     return D.masked_fill(((lam == 0) & (flat | wide))[..., None, None], torch.nan)
 
+def _take(X, i): return X.gather(-2, i.unsqueeze(-1).expand(*i.shape, X.shape[-1]))
+
 def _sorted_qr(tall, root):
     "Factors of [tall; root·I], the longest rows first; of Q the rows of `tall`, in their own order"
-    k = tall.shape[-1]
-    eye = torch.eye(k, dtype=tall.dtype, device=tall.device).expand(*tall.shape[:-2], k, k)
+    eye = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)
     rows = torch.cat([tall, root*eye], -2)
     order = rows.abs().amax(-1).argsort(-1, descending=True)
-    Q, R = torch.linalg.qr(rows.gather(-2, order.unsqueeze(-1).expand_as(rows)))
-    return Q.gather(-2, order.argsort(-1)[..., :tall.shape[-2], None].expand_as(tall)), R
+    Q, R = torch.linalg.qr(_take(rows, order))
+    return _take(Q, order.argsort(-1)[..., :tall.shape[-2]]), R
 
 def _own_rows(e, G, D, lam):
     "Of the directions `D` of all rows those of `G`; for what is no row, from a spectrum"
-    rows, take = e.rows, lambda X, i: X.gather(-2, i.unsqueeze(-1).expand(*i.shape, X.shape[-1]))
     longest = G.abs().amax(-1).argmax(-1, keepdim=True)
-    first = (rows == take(G, longest)).all(-1).int().argmax(-1, keepdim=True) - longest
-    at = (first + torch.arange(G.shape[-2], device=G.device)).clamp(0, rows.shape[-2] - 1)
+    first = (e.rows == _take(G, longest)).all(-1).int().argmax(-1, keepdim=True) - longest
+    at = torch.arange(G.shape[-2], device=G.device)
+    at = (first + at).clamp(0, e.rows.shape[-2] - 1)
     even = (e.count == e.count[..., :1]).all(-1)[..., None, None]
-    own = (take(rows, at) == G).all(-1, keepdim=True) & even
-    return take(D, at).where(own, spectral_step(G, *row_spectrum(e.mean), lam))
+    own = (_take(e.rows, at) == G).all(-1, keepdim=True) & even
+    return _take(D, at).where(own, spectral_step(G, *row_spectrum(e.mean), lam))
 
 # %% ../../nbs/core/03_solves.ipynb #4897662f
-def diagonal_step(G:Float[Tensor, "*b N m"], c:Float[Tensor, "*b m"], lam, signed=False) -> Tensor:
-    "Rows G_i/(c + λ) for the diagonal c of the curvature; NaN where c + λ is zero"
-    noise = torch.finfo(G.dtype).eps*c.abs().amax(-1, keepdim=True)
-    scale, lam = c + lam.unsqueeze(-1), lam.unsqueeze(-1)
-    flat = scale.abs() <= (noise if signed else noise*(lam == 0))
-    return G/scale.masked_fill(flat, torch.nan).unsqueeze(-2)
-
 def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
     "k rows of −1 and 1, always the same; a sample's place in the batch has no part in them"
     bits = torch.arange(k*like.shape[-1], device=like.device).view(k, -1)
