@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .derivatives import BUDGET, check_outputs, derivatives, full_precision
+from .derivatives import check_outputs, derivatives
 from .large import conjugate_gradient
 from .newton import NewtonLoss
 from .solves import SPECTRA, auto_damping
@@ -110,12 +110,12 @@ class Probe:
 
     def mean_products(self, V):
         "The mean Hessian times each of the vectors `(K, m)`"
-        some = V[:, None].expand(-1, *self.y.shape).split(max(1, BUDGET//self.y.numel()))
+        some = V[:, None].expand(-1, *self.y.shape).split(max(1, 2**22//self.y.numel()))
         return torch.cat([self.products(v)[:, self.good].mean(1) for v in some])
 
     def directions(self, K):
-        draw = torch.Generator().manual_seed(self.seed)
-        return torch.randn(K, *self.y.shape, generator=draw, dtype=torch.double).to(self.y)
+        draw = dict(generator=torch.Generator().manual_seed(self.seed), device="cpu")
+        return torch.randn(K, *self.y.shape, dtype=torch.double, **draw).to(self.y)
 
     def at(self, dtype=None, rows=None):
         "The same in another precision, or for the first `rows` samples"
@@ -349,7 +349,7 @@ def _ask_independent(p):
     mixed = (y + y.roll(1, 0))/2 + 0.01*natural_step(y)*p.directions(1)[0]
     def touched(rows): return (p.values(mixed.where(rows[:, None], y)) - loss).abs() > near
     for _ in range(4):
-        half = (torch.randperm(n, generator=draw) < (n + 1)//2).to(y.device)
+        half = (torch.randperm(n, generator=draw, device="cpu") < (n + 1)//2).to(y.device)
         for rows in (half, ~half):
             hit = (touched(rows) & ~rows).nonzero()
             if len(hit): return _problem(
@@ -447,7 +447,7 @@ def _ask_eigenvalues(p):
         if conjugate_gradient(p.mean_products, b, lam, 1e-8, 24).negative:
             return _note("indefinite, by conjugate gradients", "indefinite")
         return _ok("none below zero met by conjugate gradients", "not indefinite")
-    C = p.mean_products(torch.eye(m).to(p.y))
+    C = p.mean_products(torch.eye(m, dtype=p.y.dtype, device=p.y.device))
     p.e = torch.linalg.eigvalsh((C + C.mT)/2)
     low, high, rounding = float(p.e[0]), float(p.e[-1]), fine*float(p.e.abs().amax())
     text = f"from {low:.3g} to {high:.3g}: "
@@ -534,7 +534,7 @@ def check_loss(
     if len(name) > 60 or "\n" in name: name = type(loss_fn).__name__.lstrip("_")
     about = f"{name} at {n} x {m} outputs, {kind}" + f", the first {rows} judged"*(rows < n)
     report = LossReport(loss_fn, about, {q: _unknown("") for q in QUESTIONS})
-    with torch.inference_mode(False), full_precision(y):
+    with torch.inference_mode(False), torch.autocast(y.device.type, enabled=False):
         y = y.float() if kind in ("float16", "bfloat16") else y
         p = Probe(loss_fn, y, args, seed).at(rows=rows)
         p.found, p.narrow, p.V, p.passes = report.findings, p.at(torch.float), None, passes
