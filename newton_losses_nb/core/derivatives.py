@@ -146,8 +146,9 @@ def _check_second(loss_fn, y, args, G, products):
     def changes(x):
         h = torch.finfo(x.dtype).eps**(1/3)
         return change(x, h), change(x, 2*h), 1e2*torch.finfo(x.dtype).eps/h*G.norm(dim=1)
-    own = torch.autograd.graph.saved_tensors_hooks(*[lambda x: x]*2) # a checkpoint around has others
-    with own if torch._C._autograd._saved_tensors_hooks_is_enabled() else contextlib.nullcontext():
+    hooks = torch.autograd.graph.saved_tensors_hooks(*[lambda x: x]*2)  # hide those of a checkpoint
+    known = torch._C._autograd._saved_tensors_hooks_is_enabled()
+    with hooks if known else contextlib.nullcontext():
         try: once, twice, noise = changes(y.detach().double())
         except (RuntimeError, TypeError): once, twice, noise = changes(y.detach())
         seen, length = products(v[None])[0].to(once), lambda x: x.norm(dim=1)

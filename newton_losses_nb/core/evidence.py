@@ -98,7 +98,8 @@ class Group:
         on = group is not None and dist.is_available() and dist.is_initialized()
         auto = isinstance(group, str) and group == "auto"
         if not (on or auto or group is None): raise ValueError(
-            f"group: expected 'auto', None or a group of a running torch.distributed, got {group!r}")
+            "group: expected 'auto', None or a group of a running torch.distributed, "
+            f"got {group!r}")
         self.group = None if auto else group
         self.size = dist.get_world_size(self.group) if on else 1
 

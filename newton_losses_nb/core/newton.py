@@ -81,9 +81,7 @@ class Fisher(Damped):
         self.power = number("power", power)
 
     def observe(self, b): return Evidence.of(b, rows=b.G)
-
     def damping(self, e): return damping(self.lam, e)
-
     def solve(self, e, G, lam): return fisher_step(e, G, lam, self.power, self.lam == "auto")
 
     def forward(self, e, G, mask=None):
@@ -96,19 +94,17 @@ class Fisher(Damped):
         if self.lam != "auto": lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
         return fisher_step(e, G, lam, gram=True)
 
-# %% ../../nbs/core/04_newton.ipynb #dfb3a247
 class Hessian(Damped):
     "(H + λI)^(-p) G with the mean Hessian H (paper, Definition 1)"
     second = "full"
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # A number, "auto", or a function
-                 eigenvalues:str="raw",                       # "raw", or negative ones "abs", "clip"
+                 eigenvalues:str="raw",                       # Negative ones: raw, abs or clip
                  power:SupportsFloat=1.):                     # 1 is Newton's step
         super().__init__(lam)
         self.power = number("power", power)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
 
     def observe(self, b): return Evidence.of(b, total=b.H.sum(-3))
-
     def damping(self, e): return damping(self.lam, e, spectrum(e.mean, self.eigenvalues)[0])
 
     def solve(self, e, G, lam=None):
@@ -129,7 +125,8 @@ def _by_pattern(direction, e, G, mask):
     lam = direction.damping(e.cut(e.count > 0))
     for real in mask.unique(dim=0):
         i = (mask == real).all(1)
-        if real.any(): D[i[:, None] & real] = direction.solve(e.cut(real), G[:, real], lam)[i].flatten()
+        if not real.any(): continue
+        D[i[:, None] & real] = direction.solve(e.cut(real), G[:, real], lam)[i].flatten()
     return D
 
 # %% ../../nbs/core/04_newton.ipynb #bbb4773b
@@ -142,15 +139,14 @@ class Whiten(Fisher):
 class DiagonalFisher(Damped):
     "The Fisher step with the diagonal of F only"
     def observe(self, b): return (e := Evidence.of(b))._replace(total=e.square)
-
     def forward(self, e, G, mask=None):
         return spectral_step(G, e.mean, None, damping(self.lam, e))
 
 class DiagonalHessian(Damped):
     "The Hessian step with the diagonal of the mean Hessian only"
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # A number, "auto", or a function
-                 eigenvalues:str="raw",                       # "raw", or negative ones "abs", "clip"
-                 probes:SupportsFloat|None=None):             # Random vectors; None: exact, m products
+                 eigenvalues:str="raw",                       # Negative ones: raw, abs or clip
+                 probes:SupportsFloat|None=None):             # Random vectors; None: m products
         super().__init__(lam)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
         self.probes = None if probes is None else number("probes", probes, 1, whole=True)
@@ -203,7 +199,6 @@ class Clip(Direction):
 class Normalize(Direction):
     "Gradients divided by the root mean square of all their entries"
     def observe(self, b): return Evidence.of(b)
-
     def forward(self, e, G, mask=None):
         rms = (e.square.sum(-1)/e.count.sum(-1).clamp_min(1)).sqrt()
         return G/rms.clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
@@ -285,14 +280,14 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
 @patch
 def _directions(self:OutputLoss, e, b, mask, y):
     "What the direction sends back, or what `on_nonfinite` says where that is not finite"
-    looks, find, quick = self.on_nonfinite == "raise", self.direction, self.direction.quick
-    if not b.G.shape[-2] and find.second != "products": return b.G  # all processes multiply together
-    for find in (quick, find) if looks and quick else (find,):
+    raises, find, quick = self.on_nonfinite == "raise", self.direction, self.direction.quick
+    if not b.G.shape[-2] and find.second != "products": return b.G  # these all processes need
+    for find in (quick, find) if raises and quick else (find,):
         D = find(e, b.G, mask)
         if b.weight is not None: D = D.where(b.weight > 0, 0)
-        if looks and math.isfinite((D.sum() + b.loss.sum()).item()): return D
-    if looks: _explain(D, b, e, y)
-    if looks: return D
+        if raises and math.isfinite((D.sum() + b.loss.sum()).item()): return D
+    if raises: _explain(D, b, e, y)
+    if raises: return D
     found = D.isfinite().all(-1).all(-1)[..., None, None]
     return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
 
@@ -308,7 +303,6 @@ def _explain(D, b, e, y):
         "lam: C + λI is singular, or λ is no number that is at least 0; expected a larger lam, "
         "lam='auto', or eigenvalues='abs'")
 
-# %% ../../nbs/core/04_newton.ipynb #0f32ff26
 @patch
 def _observe(self:OutputLoss, y, mask, args):
     "The batch, and the sum of what its chunks say"
@@ -351,8 +345,9 @@ def _batch(self:OutputLoss, y, mask, args):
     elif H:
         products, taken = H, fine if guard else G.new_ones(1, dtype=torch.bool)
         H = lambda V: products(V.flatten(1, -2)).where(taken, 0).double().view(V.shape)
-    if len(lead) == 1: return Batch(loss, G, H, mask)
-    return Batch(*(x.unflatten(0, lead) if isinstance(x, Tensor) else x for x in (loss, G, H, mask)))
+    b = Batch(loss, G, H, mask)
+    if len(lead) == 1: return b
+    return Batch(*(x.unflatten(0, lead) if isinstance(x, Tensor) else x for x in b))
 
 def _flat(y, mask, args):
     "Tensors with leading dimensions joined, in at least single precision"
@@ -367,23 +362,19 @@ def _flat(y, mask, args):
 
 # %% ../../nbs/core/04_newton.ipynb #24a3a6e9
 class _Once(torch.autograd.Function):
-    "Base of what has a gradient and nothing beyond; by itself the identity, whose gradient is an error"
+    "Base of what has a gradient and nothing beyond; itself an identity whose gradient is an error"
     @staticmethod
     def forward(D, y): return D.view_as(D)
-
     @staticmethod
     def setup_context(ctx, inputs, output): pass
-
     @staticmethod
     def backward(ctx, g): raise RuntimeError(
         "a Newton loss can be differentiated once: the direction that it sends back is not the "
         "gradient of a function. For second derivatives use the plain loss")
-
     @staticmethod
     def jvp(ctx, *tangents): raise RuntimeError(
         "a Newton loss has a gradient, but no forward-mode derivative (torch.func.jvp, jacfwd, "
         "hessian); use torch.func.grad, or the plain loss")
-
     @staticmethod
     def vmap(info, in_dims, D, y): return _Once.apply(D, y), in_dims[0]
 
@@ -457,19 +448,19 @@ def _plain(self:OutputLoss, y, mask, args):
     "The mean of the losses themselves"
     self._check_call(y, mask, args)
     self._of_samples(y, mask, args)
-    lead, group, looks = y.shape[:-1], Group(self.group), self.on_nonfinite == "raise"
+    lead, group, raises = y.shape[:-1], Group(self.group), self.on_nonfinite == "raise"
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
     def losses(y, mask):
         x, mask, *more = _flat(y, mask, args)
         return sample_losses(self.loss_fn, x, *more, mask=mask).view(lead)
     with torch.autocast(y.device.type, enabled=False):
         loss = losses(y, mask)
-        fine = loss.isfinite() & (y.isfinite() | ~real).all(-1) | looks
-        if loss.requires_grad and not looks:         # NaN may not reach the loss's parameters
+        fine = loss.isfinite() & (y.isfinite() | ~real).all(-1) | raises
+        if loss.requires_grad and not raises:         # NaN may not reach the loss's parameters
             among = real & fine.unsqueeze(-1)
             loss = losses(y.where(among, 0), among)
     b = Batch(loss, y, None, real & fine.unsqueeze(-1))
-    if looks: _explain(loss, b._replace(G=loss), None, y)
+    if raises: _explain(loss, b._replace(G=loss), None, y)
     return _mean(b, group.add(b.n)/group.size if loss.requires_grad else b.n)
 
 @patch
@@ -482,7 +473,6 @@ def _learns(self:OutputLoss, y, mask, args, first):
         self.learns = self._plain(y, mask, args).requires_grad
     return self.learns
 
-# %% ../../nbs/core/04_newton.ipynb #9d059dde
 @patch
 def _check_call(self:OutputLoss, y, mask, args):
     "Raise for arguments of the wrong kind"
@@ -543,7 +533,6 @@ class NewtonLoss(OutputLoss):
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
         self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
 
-# %% ../../nbs/core/04_newton.ipynb #71ae0472
 class ClippedLoss(OutputLoss):
     "An `OutputLoss` with the direction `Clip(max_norm)`"
     def __init__(self, loss_fn:Callable, max_norm:SupportsFloat=1., **kwargs):
@@ -620,7 +609,6 @@ def _scale(x):
     if number("scale", x, -torch.inf): return float(x)
     raise ValueError(f"scale: expected a number other than zero, got {x!r}")
 
-# %% ../../nbs/core/04_newton.ipynb #674cdd95
 @torch._disable_dynamo
 def inject_fisher(
     y:Float[Tensor, "N m"],        # Network outputs

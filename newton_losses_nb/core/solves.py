@@ -99,14 +99,8 @@ def _gram_step(A, own, G, lam):
     return (G - (G @ A.mT) @ inverse @ A)/lam[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
-def fisher_step(
-    e:Evidence,                # Of all samples; its rows make F
-    G:Float[Tensor, "*b N m"], # Gradients of the samples' own losses
-    lam:Float[Tensor, "*b"],   # Damping λ
-    power:float=1.,            # Power p
-    gram:bool=False,           # Is λ no tiny part of F?
-) -> Float[Tensor, "*b N m"]:  # Rows (F + λI)^(-p) G_i; NaN where F + λI is singular
-    "Directions of a Fisher, for rows of any size"
+def fisher_step(e:Evidence, G:Float[Tensor, "*b N m"], lam:Tensor, power=1., gram=False) -> Tensor:
+    "Rows (F + λI)^(-p) G_i, NaN where F + λI is singular; by `gram`, if λ is no tiny part of F"
     A = e.mean
     if power != 1: return spectral_step(G, *_row_spectrum(A), lam, power)
     return _gram_step(A, e.rows is G, G, lam) if gram else _row_step(A, e, G, lam)
