@@ -36,6 +36,7 @@ class Evidence(NamedTuple):
     square: Float[Tensor, "*b m"]|None = None # Squared gradients
     count: Float[Tensor, "*b m"]|None = None  # How many samples have each output
     samples: Float[Tensor, "*b"]|None = None  # How many samples there are
+    spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of the samples' curvatures
     total: Float[Tensor, "..."]|None = None   # Curvatures (*b, m, m), or their diagonals (*b, m)
     rows: Float[Tensor, "*b M m"]|None = None # Gradients whose outer products are the curvature
 

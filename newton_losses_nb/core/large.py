@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .evidence import Evidence, Group
 from .newton import Damped
-from .solves import damping, number, random_signs
+from .solves import damping, number, random_signs, shrinkage
 
 # %% ../../nbs/core/06_large.ipynb #802ef610
 class _CGResult(NamedTuple):
@@ -70,6 +70,8 @@ class _Products(NamedTuple):
         return (total if self.group is None else self.group.add(total))/root
 
 # %% ../../nbs/core/06_large.ipynb #236cbcd5
+def _signs(G): return random_signs(8, G).expand(*G.shape[:-2], -1, -1)
+
 class Krylov(Damped):
     "Newton step for the mean Hessian by conjugate gradients, for very many outputs"
     second = "products"
@@ -81,11 +83,30 @@ class Krylov(Damped):
         self.max_iter = number("max_iter", max_iter, 1, whole=True)
 
     def observe(self, b):
-        def total(V):
+        def products(V):
             size = max(1, 2**22//max(1, b.G.numel()))
-            add = lambda v: b.H(v.movedim(-2, 0).unsqueeze(-2).expand(-1, *b.G.shape)).sum(-2)
-            return torch.cat([add(v) for v in V.split(size, -2)]).movedim(0, -2)
-        return _Products(super().observe(b), (total,))
+            for v in V.split(size, -2):
+                yield b.H(v.movedim(-2, 0).unsqueeze(-2).expand(-1, *b.G.shape))
+        def total(V): return torch.cat([P.sum(-2) for P in products(V)]).movedim(0, -2)
+        sums = super().observe(b)
+        if self.lam == "auto":
+            found = [(P.sum(-2), P.square().sum((-2, -1))) for P in products(_signs(b.G))]
+            P, squares = map(torch.cat, zip(*found))
+            sums = sums._replace(total=P.movedim(0, -2), spread=squares.mean(0))
+        return _Products(sums, (total,))
+
+    def damping(self, e):
+        "λ and the factor on the direction; eigenvalues by their size in products with signs"
+        s, V = e.sums, _signs(e.sums.square.unsqueeze(-2))
+        if callable(self.lam): rms = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
+        if self.lam != "auto": return damping(self.lam, s, rms if callable(self.lam) else None)
+        size, trace = s.total.square().sum(-1).mean(-1), (V*s.total).sum(-1).mean(-1)
+        m = (s.count > 0).sum(-1)
+        mu, r = (size/m).sqrt()/s.samples.clamp_min(1), s.mean_square.sqrt()
+        lam = mu*shrinkage(s.samples, m, s.spread, size, (trace.square()/size).minimum(m))
+        tiny = torch.finfo(lam.dtype).tiny
+        long = ((mu + lam)/r.clamp_min(tiny)).where(s.samples > 1, 1.)
+        return lam.clamp_min(tiny), long[..., None, None]
 
     def forward(self, e, G, mask=None):
         start, N = 0, G.shape[-2]
@@ -93,13 +114,11 @@ class Krylov(Damped):
         if e.group is not None and e.group.size > 1:
             both, start = e.group.cat(torch.cat([G, real], -1))
             G, real = both.chunk(2, -1)
-        signs, size = random_signs(8, G).expand(*G.shape[:-2], -1, -1), None
-        if not isinstance(self.lam, float):
-            size = e.mean(signs).square().mean((-2, -1)).sqrt().unsqueeze(-1)
-        lam = damping(self.lam, e.sums, size).unsqueeze(-1).expand(G.shape[:-1])
+        lam, size = self.damping(e)
+        lam = lam.unsqueeze(-1).expand(G.shape[:-1])
         found = conjugate_gradient(lambda V: real*e.mean(real*V), G, lam, self.tol, self.max_iter)
         self.last, D = found._replace(x=None), found.x
         if self.lam == "auto":
             length = torch.linalg.vector_norm(G, dim=-1)/lam/torch.linalg.vector_norm(D, dim=-1)
-            D = D*length.nan_to_num(1).clamp_max(1).unsqueeze(-1)
+            D = size*D*length.nan_to_num(1).clamp_max(1).unsqueeze(-1)
         return D.narrow(-2, start, N)

@@ -80,19 +80,23 @@ class Fisher(Damped):
         super().__init__(lam)
         self.power = number("power", power)
 
-    def observe(self, b): return Evidence.of(b, rows=b.G)
-    def damping(self, e): return damping(self.lam, e)
+    def observe(self, b):
+        if self.lam != "auto": return Evidence.of(b, rows=b.G)
+        return Evidence.of(b, rows=b.G, spread=b.G.square().sum(-1).square().sum(-1))
+
+    def damping(self, e): return damping(self.lam, e, None, self.power)
     def solve(self, e, G, lam): return fisher_step(e, G, lam, self.power, self.lam == "auto")
 
     def forward(self, e, G, mask=None):
-        if mask is None: return self.solve(e, G, damping(self.lam, e))
-        return _by_pattern(self, e, G, mask)
+        if mask is not None: return _by_pattern(self, e, G, mask)
+        lam, size = self.damping(e)
+        return size*self.solve(e, G, lam)
 
     def quick(self, e, G, mask=None):
         if mask is not None or self.power != 1: return self(e, G, mask)
-        lam = damping(self.lam, e)
+        lam, size = self.damping(e)
         if self.lam != "auto": lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
-        return fisher_step(e, G, lam, gram=True)
+        return size*fisher_step(e, G, lam, gram=True)
 
 class Hessian(Damped):
     "(H + λI)^(-p) G with the mean Hessian H (paper, Definition 1)"
@@ -104,16 +108,23 @@ class Hessian(Damped):
         self.power = number("power", power)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
 
-    def observe(self, b): return Evidence.of(b, total=b.H.sum(-3))
-    def damping(self, e): return damping(self.lam, e, spectrum(e.mean, self.eigenvalues)[0])
+    def observe(self, b):
+        if self.lam != "auto": return Evidence.of(b, total=b.H.sum(-3))
+        return Evidence.of(b, total=b.H.sum(-3), spread=b.H.square().sum((-3, -2, -1)))
 
-    def solve(self, e, G, lam=None):
-        values, V = spectrum(e.mean, self.eigenvalues)
-        if lam is None: lam = damping(self.lam, e, values)
+    def damping(self, e, found=None):
+        values, _ = found or spectrum(e.mean, self.eigenvalues)
+        return damping(self.lam, e, values, self.power)
+
+    def solve(self, e, G, lam, found=None):
+        values, V = found or spectrum(e.mean, self.eigenvalues)
         return spectral_step(G, values, V, lam, self.power, self.eigenvalues == "raw")
 
     def forward(self, e, G, mask=None):
-        return self.solve(e, G) if mask is None else _by_pattern(self, e, G, mask)
+        if mask is not None: return _by_pattern(self, e, G, mask)
+        found = spectrum(e.mean, self.eigenvalues)
+        lam, size = self.damping(e, found)
+        return size*self.solve(e, G, lam, found)
 
 # %% ../../nbs/core/04_newton.ipynb #884f2252
 def _by_pattern(direction, e, G, mask):
@@ -122,12 +133,12 @@ def _by_pattern(direction, e, G, mask):
         _by_pattern(direction, e.map(lambda x: x[i]), G[i], mask[i]) for i in range(len(G))])
     D = torch.zeros_like(G)
     if not mask.any(): return D
-    lam = direction.damping(e.cut(e.count > 0))
+    lam, size = direction.damping(e.cut(e.count > 0))
     for real in mask.unique(dim=0):
         i = (mask == real).all(1)
         if not real.any(): continue
         D[i[:, None] & real] = direction.solve(e.cut(real), G[:, real], lam)[i].flatten()
-    return D
+    return size*D
 
 # %% ../../nbs/core/04_newton.ipynb #bbb4773b
 class Whiten(Fisher):
@@ -138,9 +149,13 @@ class Whiten(Fisher):
 # %% ../../nbs/core/04_newton.ipynb #e8addb29
 class DiagonalFisher(Damped):
     "The Fisher step with the diagonal of F only"
-    def observe(self, b): return (e := Evidence.of(b))._replace(total=e.square)
+    def observe(self, b):
+        e = Evidence.of(b, spread=b.G.square().square().sum((-2, -1)))
+        return e._replace(total=e.square)
+
     def forward(self, e, G, mask=None):
-        return spectral_step(G, e.mean, None, damping(self.lam, e))
+        lam, size = damping(self.lam, e, e.mean)
+        return size*spectral_step(G, e.mean, None, lam)
 
 class DiagonalHessian(Damped):
     "The Hessian step with the diagonal of the mean Hessian only"
@@ -153,14 +168,19 @@ class DiagonalHessian(Damped):
         self.second = "diagonal" if probes is None else "products"
 
     def observe(self, b):
-        if self.probes is None: return Evidence.of(b, total=b.H.sum(-2))
+        c = b.H if self.probes is None else self.estimate(b)
+        return Evidence.of(b, total=c.sum(-2), spread=c.square().sum((-2, -1)))
+
+    def estimate(self, b):
+        "Diagonals of the samples' Hessians from products with random vectors"
         V = random_signs(self.probes, b.G)
         V = V.view(-1, *[1]*(b.G.ndim - 1), V.shape[-1]).expand(-1, *b.G.shape)
-        return Evidence.of(b, total=(V*b.H(V)).mean(0).sum(-2))
+        return (V*b.H(V)).mean(0)
 
     def forward(self, e, G, mask=None):
         c = SPECTRA[self.eigenvalues](e.mean)
-        return spectral_step(G, c, None, damping(self.lam, e, c), 1., self.eigenvalues == "raw")
+        lam, size = damping(self.lam, e, c)
+        return size*spectral_step(G, c, None, lam, 1., self.eigenvalues == "raw")
 
 # %% ../../nbs/core/04_newton.ipynb #de500fe3
 class PerSample(Direction):
@@ -208,8 +228,9 @@ class Scalar(Damped):
     def forward(self, e, G, mask=None):
         n = e.samples.where(e.samples > 0, 1)
         others = e.count.sum(-1)/n - 1
-        c = e.square.sum(-1)/n/others.where(others > 0, 1) + damping(self.lam, e)
-        return G/c[..., None, None]
+        c = (e.square.sum(-1)/n/others.where(others > 0, 1))[..., None, None]
+        if self.lam == "auto": return G/c.sqrt().clamp_min(torch.finfo(G.dtype).tiny)
+        return G/(c + damping(self.lam, e)[0][..., None, None])
 
 # %% ../../nbs/core/04_newton.ipynb #45d7bb75
 class OutputLoss(nn.Module):
@@ -262,6 +283,12 @@ class OutputLoss(nn.Module):
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
         return b.loss, D
 
+    @property
+    def cosine(self) -> float:
+        "Between what was sent back last and the gradient, over the batch; 1: the plain gradient"
+        G, D = self.__dict__["sent"]
+        return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
+
 # %% ../../nbs/core/04_newton.ipynb #fc11b1fc
 @patch
 def _step(self:OutputLoss, y, mask, args, remember=False):
@@ -272,6 +299,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     elif self.direction.shares: e = e.pooled(group)
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
+    self.__dict__["sent"] = b.G, D
     if memory and remember: memory.keep(past)
     self.checked = self.checked or y.shape[-2] > 1
     n = y.shape[-2] if b.weight is None and group.size == 1 else group.add(b.n)/group.size
