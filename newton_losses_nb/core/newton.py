@@ -269,7 +269,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     group, memory = Group(self.group), None if self.shared else self.direction.memory
     b, e = group.together(partial(self._observe, y, mask, args), getattr(y, "device", "cpu"))
     if self.shared: e = self.shared
-    elif self.direction.shares: e = e.pooled(group)
+    elif type(e) is not tuple: e = e.pooled(group)   # a tuple is of samples that share nothing
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
     if memory and remember: memory.keep(past)
@@ -415,7 +415,7 @@ def _mean(b, n=None):
     "Mean of the losses that take part, n of them or as many as there are; zero if there are none"
     if b.weight is None: return b.loss.mean(-1)
     if n is None: n = b.n
-    return (b.loss.where(b.weight.any(-1), 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
+    return (b.loss.where(b.taken, 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
 
 # %% ../../nbs/core/04_newton.ipynb #78e39088
 @patch
