@@ -89,7 +89,7 @@ class Fisher(Damped):
         return _by_pattern(self, e, G, mask)
 
     def quick(self, e, G, mask=None):
-        if mask is not None or self.power != 1: return self(e, G, mask)
+        if type(self) is not Fisher or self.power != 1 or mask is not None: return self(e, G, mask)
         lam = damping(self.lam, e)
         if self.lam != "auto": lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
         return fisher_step(e, G, lam, gram=True)
@@ -257,7 +257,7 @@ class OutputLoss(nn.Module):
         own = self._plain(y.detach(), mask, args)
         return value + (own - own.detach())
 
-    def directions(self, y, *args, mask=None) -> tuple:
+    def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None) -> tuple[Tensor, Tensor]:
         "Losses and the directions to send back, zero for samples that take no part"
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
         return b.loss, D
@@ -531,7 +531,9 @@ class NewtonLoss(OutputLoss):
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
             f"curvature: expected no lam and eigenvalues beside {curvature!r}, which has its own")
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
+        self.named = curvature, lam, eigenvalues
+
+    curvature, lam, eigenvalues = (property(lambda self, i=i: self.named[i]) for i in range(3))
 
 class ClippedLoss(OutputLoss):
     "An `OutputLoss` with the direction `Clip(max_norm)`"
