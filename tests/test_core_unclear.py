@@ -90,6 +90,23 @@ def test_derivatives_of_a_sorting_loss_without_a_word_about_hessians():
     for a, b in zip(SortingLoss().derivatives(Y, P), SortingLoss().derivatives(Y, P, hessian=True)):
         assert torch.equal(a, b)
 
+class Sevens(Fisher):
+    "A direction of one's own that is also a Fisher"
+    def forward(self, e, G, mask=None): return G*0 + 7
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Remembering(d, Window(2)), PerSample])
+def test_a_direction_of_ones_own_is_not_passed_over(wrap):
+    for on_nonfinite in ("raise", "skip"):
+        loss = OutputLoss(ce, wrap(Sevens(.1)), on_nonfinite=on_nonfinite)
+        assert (loss.directions(Y, T)[1] == 7).all()
+
+def test_a_quick_solve_is_asked_again_with_care():
+    "With and without looking, the same step, for a λ that is a small, a tiny and no part of F"
+    for lam in (1e-14, 1e-9, 1e-5, .1, 10.):
+        got, want = (OutputLoss(ce, Fisher(lam), on_nonfinite=k).directions(Y, T)[1]
+                     for k in ("raise", "skip"))
+        close(got, want, 1e-8)
+
 # ---------------------------------------------------------------- annotations
 
 HOOK = """

@@ -25,9 +25,14 @@ class Batch(NamedTuple):
     weight: Float[Tensor, "*b N m"]|None=None # 1 where an output takes part; None: everywhere
 
     @property
+    def taken(self) -> Bool[Tensor, "*b N"]:
+        "Which samples take part"
+        return self.weight.any(-1)
+
+    @property
     def n(self) -> Float[Tensor, "*b"]:
         "How many samples take part"
-        if self.weight is not None: return self.weight.any(-1).sum(-1).to(self.G)
+        if self.weight is not None: return self.taken.sum(-1).to(self.G)
         return self.G.new_full(self.G.shape[:-2], self.G.shape[-2])
 
 # %% ../../nbs/core/02_evidence.ipynb #3a42c69c

@@ -88,7 +88,8 @@ class Remembering(Direction):
             f"direction: expected one whose evidence adds up over batches, got {direction!r}")
         if not isinstance(memory, _Memory):
             raise TypeError(f"memory: expected a Window or a MovingAverage, got {memory!r}")
-        self.direction, self.second, self.quick = direction, direction.second, direction.quick
+        self.direction, self.second = direction, direction.second
+        self.quick = direction.quick if type(self) is Remembering else None
         self.__dict__["memory"] = self._modules["memory"] = memory
 
     def reset(self):

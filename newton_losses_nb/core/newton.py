@@ -93,7 +93,8 @@ class Fisher(Damped):
         return size*self.solve(e, G, lam)
 
     def quick(self, e, G, mask=None):
-        if mask is not None or self.power != 1: return self(e, G, mask)
+        if type(self) is not Fisher or self.power != 1 or mask is not None:
+            return self(e, G, mask)
         lam, size = self.damping(e)
         if self.lam != "auto": lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
         return size*fisher_step(e, G, lam, gram=True)
@@ -278,7 +279,7 @@ class OutputLoss(nn.Module):
         own = self._plain(y.detach(), mask, args)
         return value + (own - own.detach())
 
-    def directions(self, y, *args, mask=None) -> tuple:
+    def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None) -> tuple[Tensor, Tensor]:
         "Losses and the directions to send back, zero for samples that take no part"
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
         return b.loss, D
@@ -296,7 +297,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     group, memory = Group(self.group), None if self.shared else self.direction.memory
     b, e = group.together(partial(self._observe, y, mask, args), getattr(y, "device", "cpu"))
     if self.shared: e = self.shared
-    elif self.direction.shares: e = e.pooled(group)
+    elif type(e) is not tuple: e = e.pooled(group)   # a tuple is of samples that share nothing
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
     self.__dict__["sent"] = b.G, D
@@ -443,7 +444,7 @@ def _mean(b, n=None):
     "Mean of the losses that take part, n of them or as many as there are; zero if there are none"
     if b.weight is None: return b.loss.mean(-1)
     if n is None: n = b.n
-    return (b.loss.where(b.weight.any(-1), 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
+    return (b.loss.where(b.taken, 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
 
 # %% ../../nbs/core/04_newton.ipynb #78e39088
 @patch
@@ -559,7 +560,9 @@ class NewtonLoss(OutputLoss):
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
             f"curvature: expected no lam and eigenvalues beside {curvature!r}, which has its own")
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
+        self.named = curvature, lam, eigenvalues
+
+    curvature, lam, eigenvalues = (property(lambda self, i=i: self.named[i]) for i in range(3))
 
 class ClippedLoss(OutputLoss):
     "An `OutputLoss` with the direction `Clip(max_norm)`"
