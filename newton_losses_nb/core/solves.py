@@ -116,10 +116,10 @@ def _gram_step(A, own, G, lam):
     wide = A.shape[-2] < A.shape[-1]
     K = A @ A.mT if wide else A.mT @ A
     K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(K).L)
-    if not wide: return G @ inverse
-    if own: return inverse @ G
-    return (G - (G @ A.mT) @ inverse @ A)/lam[..., None, None]
+    L = torch.linalg.cholesky_ex(K).L
+    if not wide: return torch.cholesky_solve(G.mT, L).mT
+    if own: return torch.cholesky_solve(G, L)
+    return (G - torch.cholesky_solve(A @ G.mT, L).mT @ A)/lam[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
 def fisher_step(e:Evidence, G:Float[Tensor, "*b N m"], lam:Tensor, power=1., gram=False) -> Tensor:
