@@ -140,7 +140,8 @@ def _check_independent(loss, G, y):
 def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
     signs = torch.randint(2, y.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    v, tiny = (2*signs - 1).to(y)*(1 + y.detach().abs()), torch.finfo(y.dtype).tiny
+    far, tiny = y.detach().square().mean().sqrt(), torch.finfo(y.dtype).tiny
+    v = (2*signs - 1).to(y)*(far.where(far > 0, 1).clamp_max(1) + y.detach().abs())
     def gradient(x): return torch.autograd.grad(loss_fn(x.requires_grad_(), *args).sum(), x)[0]
     def change(x, h): return (gradient(x + h*v) - gradient(x - h*v))/(2*h)
     def changes(x):

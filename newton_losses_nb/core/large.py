@@ -102,10 +102,10 @@ class Krylov(Damped):
         if self.lam != "auto": return damping(self.lam, s, rms if callable(self.lam) else None)
         size, trace = s.total.square().sum(-1).mean(-1), (V*s.total).sum(-1).mean(-1)
         m = (s.count > 0).sum(-1)
-        mu, r = (size/m).sqrt()/s.samples.clamp_min(1), s.mean_square.sqrt()
+        mu, r = (size/m).sqrt()/s.samples.clamp_min(1), s.mean_square
         lam = mu*shrinkage(s.samples, m, s.spread, size, (trace.square()/size).minimum(m))
         tiny = torch.finfo(lam.dtype).tiny
-        long = ((mu + lam)/r.clamp_min(tiny)).where(s.samples > 1, 1.)
+        long = ((mu + lam)/r.where(r > 0, 1).sqrt()).where(s.samples > 1, 1.)
         return lam.clamp_min(tiny), long[..., None, None]
 
     def forward(self, e, G, mask=None):

@@ -66,7 +66,7 @@ def damping(
     square = e.mean_square
     if isinstance(lam, str):
         lam, mu = auto_damping(e, eigenvalues)
-        size = (mu + lam)**power/square.sqrt().clamp_min(torch.finfo(square.dtype).tiny)
+        size = (mu + lam)**power/square.where(square > 0, 1).sqrt()
         if eigenvalues is not None: size = size.where(e.samples > 1, 1.)
         return lam, size[..., None, None]
     found = lam(square, eigenvalues) if callable(lam) else lam

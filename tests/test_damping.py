@@ -1,0 +1,152 @@
+"""The automatic λ by explicit sums over samples, and what must not change it: units, order, how a batch is cut."""
+import pytest
+import torch
+from torch.testing import assert_close
+
+from newton_losses_nb import (
+    Direction, DiagonalFisher, DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, Normalize,
+    OutputLoss, PerSample, Remembering, Scalar, Whiten, Window)
+
+UNITS = torch.tensor([1., 3, 10, .3], dtype=torch.float64)
+
+
+def bumpy(y, u):
+    "Outputs in different units, coupled, with an indefinite Hessian"
+    z = (y - u)/UNITS.to(y)
+    return z.square().sum(-1)/2 + (3*z).cos().sum(-1)/4 + (z.sum(-1)).tanh().square()
+
+
+def data(N=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    y, u = (torch.randn(N, 4, generator=g, dtype=torch.float64)*UNITS for _ in range(2))
+    return y, u
+
+
+def derivatives(y, u):
+    G = torch.func.vmap(torch.func.grad(bumpy))(y, u)
+    return G, torch.func.vmap(torch.func.hessian(bumpy))(y, u)
+
+
+def by_sums(kind, G, H):
+    "The direction with the automatic λ, one sample after another"
+    N, m = G.shape
+    each = [torch.outer(g, g) for g in G] if kind == "fisher" else list(H)
+    if kind == "diagonal": each = [h.diagonal().diag() for h in H]
+    C = sum(each)/N
+    e, V = torch.linalg.eigh(C)
+    mu = e.abs().mean()
+    noise = sum((c - C).square().sum() for c in each)/N/(N - 1)
+    rho = (noise/sum((abs(x) - mu)**2 for x in e)).clamp(1e-6, 1 - 1e-6)
+    lam = mu*rho/(1 - rho)
+    if kind == "fisher": lam = lam.maximum(m*mu*(N**-.5 - 1/m))
+    else: lam = lam + (-e.min()).clamp_min(0)
+    D = torch.stack([torch.linalg.solve(C + lam*torch.eye(m).to(C), g) for g in G])
+    return (mu + lam)/G.square().mean().sqrt()*D
+
+
+DIRECTIONS = {"fisher": Fisher(), "hessian": Hessian(), "diagonal": DiagonalHessian()}
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+@pytest.mark.parametrize("N", [3, 10, 40])
+def test_explicit_sums(kind, N):
+    y, u = data(N)
+    _, D = OutputLoss(bumpy, DIRECTIONS[kind]).directions(y, u)
+    assert_close(D, by_sums(kind, *derivatives(y, u)))
+
+
+def test_no_more_directions_than_the_root_of_the_samples():
+    "With 9 samples in 50 dimensions at most 3 directions are believed"
+    g = torch.Generator().manual_seed(0)
+    G = torch.randn(9, 50, generator=g, dtype=torch.float64)*torch.logspace(1, -1, 50)
+    _, D = OutputLoss(lambda y, G: (y*G).sum(-1), Fisher()).directions(torch.zeros_like(G), G)
+    mu = G.square().mean()
+    lam = 50*mu*(1/3 - 1/50)
+    F = G.mT @ G/9
+    assert_close(D, (mu + lam)/mu.sqrt()*torch.linalg.solve(F + lam*torch.eye(50).to(F), G.mT).mT)
+    e = torch.linalg.eigvalsh(F)
+    assert (e/(e + lam)).sum() < 3
+
+
+ALL = [Fisher(), Hessian(), Hessian(eigenvalues="abs"), Hessian(eigenvalues="clip", power=.5), Whiten(), DiagonalFisher(),
+       DiagonalHessian(), DiagonalHessian(probes=3), Krylov(tol=1e-12), Scalar(), Normalize(),
+       Remembering(Fisher(), Window(2)), Remembering(Hessian(), MovingAverage(.5))]
+
+
+@pytest.mark.parametrize("direction", ALL, ids=repr)
+@pytest.mark.parametrize("factor", [1e-12, 1e-4, 1e4, 1e12])
+def test_no_unit(direction, factor):
+    "The loss times a factor, and the outputs in another unit: the same directions"
+    y, u = data()
+    find = lambda f, *a: OutputLoss(f, direction).directions(*a)[1]
+    D = find(bumpy, y, u)
+    assert_close(find(lambda y, u: factor*bumpy(y, u), y, u), D, rtol=1e-6, atol=1e-8)
+    unit = factor**.5
+    assert_close(find(lambda y, u: bumpy(y/unit, u), unit*y, u), D, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("direction", ALL, ids=repr)
+def test_bounded_and_safe_at_zero(direction):
+    "Entries about one; zero for a gradient of zero"
+    y, u = data()
+    _, D = OutputLoss(bumpy, direction).directions(y, u)
+    assert .1 < D.square().mean().sqrt() < 20
+    _, D = OutputLoss(lambda y: (y - y.detach()).square().sum(-1), direction, check=False).directions(y)
+    assert_close(D, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("direction", ALL, ids=repr)
+def test_order_and_pieces(direction):
+    y, u = data()
+    loss = OutputLoss(bumpy, direction)
+    D = loss.directions(y, u)[1]
+    assert_close(loss.directions(y.flip(0), u.flip(0))[1].flip(0), D)
+    assert_close(OutputLoss(bumpy, direction, chunk_size=7).directions(y, u)[1], D)
+    assert_close(loss.directions(y, u, mask=torch.ones_like(y, dtype=torch.bool))[1], D)
+    both = loss.directions(torch.stack([y, y.flip(0)]), torch.stack([u, u.flip(0)]))[1]
+    assert_close(both, torch.stack([D, D.flip(0)]))
+    skip = OutputLoss(bumpy, direction, on_nonfinite="skip")
+    more = [torch.cat([x, torch.full((2, 4), torch.nan).to(x)]) for x in (y, u)]
+    assert_close(skip.directions(*more)[1][:-2], D)
+
+
+def test_one_sample_alone():
+    "A sample's own Hessian: half known, and Newton's own length"
+    y, u = data(6)
+    G, H = derivatives(y, u)
+    _, D = OutputLoss(bumpy, PerSample(Hessian(eigenvalues="abs"))).directions(y, u)
+    for d, g, h in zip(D, G, H):
+        e, V = torch.linalg.eigh(h)
+        assert_close(d, V @ ((V.mT @ g)/(e.abs() + e.abs().mean())))
+
+
+def test_remembered_samples_are_samples():
+    "Two halves in a window are one batch"
+    y, u = data()
+    loss = OutputLoss(bumpy, Remembering(Fisher(), Window(2))).train()
+    for i in (slice(0, 20), slice(20, 40)): loss(y[i].clone().requires_grad_(), u[i])
+    assert_close(loss.directions(y[20:], u[20:])[1].shape, y[20:].shape)
+    loss.direction.reset()
+    loss(y[:20].clone().requires_grad_(), u[:20])
+    D = loss.directions(y[20:], u[20:])[1]
+    G = derivatives(y, u)[0]
+    whole = by_sums("fisher", G, None)
+    assert_close(D, whole[20:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions(dtype):
+    y, u = data()
+    _, D = NewtonLoss(bumpy).directions(y, u)
+    _, low = NewtonLoss(bumpy).directions(y.to(dtype), u.to(dtype))
+    assert torch.cosine_similarity(low.double().flatten(), D.flatten(), 0) > (.9999 if dtype == torch.float32 else .98)
+
+
+def test_cosine():
+    y, u = data()
+    plain, newton = OutputLoss(bumpy, Direction()), NewtonLoss(bumpy)
+    plain.directions(y, u)
+    _, D = newton.directions(y, u)
+    G = derivatives(y, u)[0]
+    assert plain.cosine == pytest.approx(1)
+    assert newton.cosine == pytest.approx(float((D*G).sum()/D.norm()/G.norm()))
