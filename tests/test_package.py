@@ -44,13 +44,11 @@ def test_lines_of_the_core(module):
     cells = (PACKAGE/module).read_text(encoding="utf-8").split("\n# %% ")
     assert not [line for cell in cells[2:] for line in cell.splitlines() if len(line) > 100]
 
-OLD = ("paths/terrain.py",)                                                   # takes some from lab.data
-
 def of_this_package(node): return isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "newton_losses_nb")
 
 def private(name): return name.startswith("_") and not name.startswith("__")
 
-@pytest.mark.parametrize("module", [pytest.param(m, marks=pytest.mark.xfail(m in OLD, reason="not cleaned yet")) for m in MODULES])
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_uses_a_private_name_of_another(module):
     nodes = list(ast.walk(ast.parse((PACKAGE/module).read_text(encoding="utf-8"))))
     names = {alias.asname or alias.name for n in nodes if of_this_package(n) for alias in n.names}

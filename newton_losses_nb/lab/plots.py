@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 
 from ..core.newton import Fisher
 from .experiment import METHODS
-from .report import caption, group_runs, in_percent, method_order, summary, to_markdown
+from .report import (
+    caption, conclusion, group_runs, in_percent, method_order, summary, to_markdown)
 
 # %% ../../nbs/lab/05_plots.ipynb #5f106921
 def curve(
@@ -137,7 +138,7 @@ def write_report(
     "Write tables, and pictures if the metric has curves, into a folder"
     table, out = summary(runs, metric), Path(out)
     lines = "  \n".join(caption(runs, metric).splitlines())
-    page = f"# {metric}\n\n{to_markdown(table)}\n\n{lines}\n"
+    page = f"# {metric}\n\n{to_markdown(table)}\n\n{conclusion(table)}\n\n{lines}\n"
     files = {"table.md": lambda f: f.write_text(page, encoding="utf-8"),
              "table.csv": lambda f: table.assign(metric=metric).to_csv(f, index=False)}
     across = "epoch" if all("epoch" in r["curves"] for r in runs if r["curves"]) else "step"

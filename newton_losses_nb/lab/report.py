@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['method_fields', 'method_order', 'group_runs', 'describe', 'paired_test', 'holm', 'in_percent', 'summary',
-           'format_table', 'to_markdown', 'to_text', 'caption']
+           'format_table', 'to_markdown', 'to_text', 'conclusion', 'caption']
 
 # %% ../../nbs/lab/04_report.ipynb #630cd763
 import re
@@ -179,6 +179,24 @@ def to_text(
     head, *rows = _lines(format_table(table).drop(columns="setting"), "plain").splitlines()
     blocks = pd.Series(rows).groupby(table.setting.to_numpy(), sort=False).agg("\n".join)
     return "\n\n".join(f"{setting}\n{head}\n{block}" for setting, block in blocks.items())
+
+# %% ../../nbs/lab/04_report.ipynb #786bf127
+def conclusion(
+    table:pd.DataFrame, # From `summary`
+) -> str:               # One sentence
+    "How many comparisons, how many of them significant, the largest gain and loss"
+    tested = table[table.p.notna()]
+    if not len(tested): return (
+        "No comparison with the plain loss: that takes two seeds or more that finished in both.")
+    def shown(k):
+        setting, method, *d = tested.loc[k, ["setting", "method", "diff", "lo", "hi"]]
+        return "{}, {} ({:+.2f} points, interval {:+.2f} to {:+.2f})".format(setting, method, *d)
+    d = tested["diff"]
+    gain = shown(d.idxmax()) if d.max() > 0 else "none"
+    loss = shown(d.idxmin()) if d.min() < 0 else "none"
+    return (f"{len(d)} comparisons with the plain loss, {sum(tested.p_holm < 0.05)} significant "
+            f"after Holm's correction (p < 0.05); largest gain: {gain}; largest loss: {loss}; "
+            f"few seeds decide nothing, and here are {tested.pairs.max()}.")
 
 # %% ../../nbs/lab/04_report.ipynb #d499029c
 def _several(values): return "; ".join(dict.fromkeys(values))

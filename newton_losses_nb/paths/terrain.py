@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from ..lab.data import _cache_dir, _check_count, _need
+from ..lab.data import cache_dir as cache_folder, check_count, need
 from .exact import is_valid_path, path_cost, shortest_path
 
 # %% ../../nbs/paths/03_terrain.ipynb #7c3e9fd6
@@ -290,7 +290,7 @@ def cached_maps(
     make = lambda: terrain_maps(n, size, seed, start=start)
     if not all(isinstance(o, Integral) for o in (n, size, seed, start)) or n*size*size < least: return make()
     name = f'terrain-v{TERRAIN_VERSION}-size-{size}-seed-{seed}-from-{start}-n-{n}.npz'
-    file = _cache_dir(cache_dir)/name
+    file = cache_folder(cache_dir)/name
     maps = _load_cached(file, _source(size, seed), (n, size, size))
     if maps is None:
         maps = make()
@@ -418,7 +418,7 @@ _ARCHIVE_HASH = 'md5:acea5ea60a47664ff189923a84814e96'
 
 def _fetch_archive(top, progress, url, known):
     "The archive, downloaded with pooch unless it is there; or an error that names the way out"
-    pooch = _need('pooch')
+    pooch = need('pooch')
     get = pooch.HTTPDownloader(progressbar=progress, timeout=30)
     try: return Path(pooch.retrieve(url, known, 'warcraft_maps.tar.gz', top, downloader=get))
     except (OSError, ValueError) as e:
@@ -458,7 +458,7 @@ def download_warcraft(
     "Download the official maps of one size, unless they are there"
     if size not in (12, 18, 24, 30):
         raise ValueError(f"size: official maps have 12, 18, 24 or 30 tiles a side, got {size!r}")
-    top = _cache_dir(cache_dir)/'warcraft'
+    top = cache_folder(cache_dir)/'warcraft'
     folder = top/f'{size}x{size}'
     if all((folder/name).is_file() for name in _FILES): return folder
     try: top.mkdir(parents=True, exist_ok=True)
@@ -484,7 +484,7 @@ def load_maps(
     "Load maps to train on, to choose by, and to report"
     counts = dict(train=train, valid=valid, test=test)
     for name, n in counts.items():
-        if n is not None: _check_count(name, n)
+        if n is not None: check_count(name, n)
     if data_dir is None and data == 'terrain': return _load_terrain(counts, size, seed, cache_dir)
     if data_dir is None and data != 'warcraft':
         raise ValueError(f"unknown data {data!r}, expected 'terrain' or 'warcraft' (or give data_dir)")
