@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'classification_config', 'digit_loss', 'mlp', 'lenet5', 'weight_layers',
-           'layer_gradients', 'like_tanh', 'glorot', 'make_classifier', 'first_step', 'Classification',
-           'ClassificationTask']
+           'like_tanh', 'glorot', 'make_classifier', 'first_step', 'Classification', 'ClassificationTask']
 
 # %% ../../nbs/lab/09_classification.ipynb #7c1fab73
 import functools
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from . import models
 from .data import pool_digits
 from ..core.newton import OutputLoss
-from .experiment import (
-    METHODS, PRECISIONS, Settings, Task, damping_or_rule, directions, entry, method_settings,
-    one_of, positive, shuffled_batches, whole)
+from newton_losses_nb.lab.experiment import (
+    METHODS, PRECISIONS, Settings, Task, damping_or_rule, directions, entry, one_of, positive,
+    shuffled_batches, whole)
 
 # %% ../../nbs/lab/09_classification.ipynb #a40aa3ba
 def digit_loss(
@@ -56,26 +55,13 @@ def lenet5(
         nn.Conv2d(6, 16, kernel), a(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(16*left**2, 120), a(), nn.Linear(120, 84), a(), nn.Linear(84, 10))
 
-# %% ../../nbs/lab/09_classification.ipynb #831e1b0e
+# %% ../../nbs/lab/09_classification.ipynb #27fe5930
 def weight_layers(
     net:nn.Module,    # A classifier
 ) -> list[nn.Module]: # From the first layer to the last
     "The full layers and the convolutions of a network"
     return [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
 
-def layer_gradients(
-    net:nn.Module,  # A classifier
-    x:Tensor,       # Images
-    t:Tensor,       # Their digits
-    method:str="none", # What is sent back to the scores, a key of `METHODS`
-    lam:float=0.1,  # Damping λ
-) -> list[float]:   # From the first layer to the last
-    "Norm of the gradient of each layer's weights"
-    weights = [m.weight for m in weight_layers(net)]
-    loss = OutputLoss(digit_loss, directions(lam)[method])
-    return [g.norm().item() for g in torch.autograd.grad(loss(net(x), t), weights)]
-
-# %% ../../nbs/lab/09_classification.ipynb #27fe5930
 def like_tanh(
     net:nn.Sequential, # Layers with sigmoids between them, changed in place
 ) -> nn.Sequential:    # The same network, computing what it would compute with tanh in their place
@@ -138,8 +124,8 @@ class Classification(Settings):
                           option="optimizers", command="sgd,adam")
     method:str = entry("none", "What is sent back to the scores", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms")
-    seed:int = entry(0, "Of the initial weights and of the order of the digits", whole(0), option="seeds",
-                     command="3")
+    seed:int = entry(0, "Of the initial weights and of the order of the digits", whole(0),
+                     option="seeds", command="3")
     epochs:int = entry(1, "Passes through the training digits", whole(1), option="epochs")
     batch:int = entry(50, "Digits in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of the plain loss; default: suits the optimiser",
@@ -159,9 +145,9 @@ class Classification(Settings):
         per_epoch, epochs = self.train//self.batch, self.epochs
         if not per_epoch: raise ValueError(
             f"batch: expected at most the {self.train} training digits, got {self.batch}")
-        c |= method_settings(self.method, self.lam, self.max_norm)
+        c |= self.method_settings()
         if c["lam"] == 0: raise ValueError(
-            "lam: expected a positive number, got 0: the curvature of the cross-entropy is singular")
+            "lam: expected a positive number, got 0: the cross-entropy's curvature is singular")
         return c | dict(
             task="classification", loss="cross_entropy", steps=epochs*per_epoch,
             eval_every=self.eval_every or per_epoch,

@@ -100,7 +100,9 @@ def plot_curves(
 ) -> Figure:                  # One panel per setting, one line per method
     "Draw a metric over steps or over seconds"
     if x not in _axes: raise ValueError(f"x: expected one of {', '.join(_axes)}, got {x!r}")
-    if missing := [r["key"] for r in runs if r["curves"] and x not in r["curves"]]: raise ValueError(f"x: expected a curve of all runs, got {x!r}, which run {missing[0]} does not have")
+    missing = [r["key"] for r in runs if r["curves"] and x not in r["curves"]]
+    if missing: raise ValueError(
+        f"x: expected a curve of all runs, got {x!r}, which run {missing[0]} does not have")
     g = group_runs(runs)
     known = dict.fromkeys(k for r in runs for k in r["curves"] if k not in _axes)
     if metric not in known: raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}")
@@ -134,7 +136,7 @@ def write_report(
     runs:list[dict],          # Records, as from `read_runs`
     out:str|Path,             # Folder for the files; made if there is none
     metric:str="exact_match", # A fraction in the results
-) -> list[Path]:              # table.md, table.csv, and curves_step (or curves_epoch) and curves_seconds as .png and .svg
+) -> list[Path]:              # table.md, table.csv, and curves over steps (or epochs) and seconds
     "Write tables, and pictures if the metric has curves, into a folder"
     table, out = summary(runs, metric), Path(out)
     lines = "  \n".join(caption(runs, metric).splitlines())
