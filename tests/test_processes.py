@@ -21,7 +21,7 @@ from newton_losses_nb.lab.sorting import SortingTask
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by signals, which Windows has not")
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-CLI = ["-m", "newton_losses_nb.lab.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
+CLI = ["-m", "newton_losses_nb.lab.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--engine", "local", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
 
 def interruptible():
     "A shell's background jobs, and what they start, ignore Ctrl-C; these do not"

@@ -36,7 +36,7 @@ class Sorting(Settings):
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
     n:int = entry(5, "Images in a set", whole(2))
     seed:int = entry(0, "Of the initial weights and of the training data", whole(0),
-                     option="seeds", command="3")
+                     option="seeds", command="5")
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: suits the network", positive)
