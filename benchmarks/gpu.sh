@@ -12,7 +12,7 @@ if [ -n "$data" ]; then
 fi
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} MPLBACKEND=agg PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} MPLBACKEND=agg PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 "$python" - "$device" <<'PY' | tee "$out/machine.txt"
 import sys
@@ -44,7 +44,7 @@ else # the rehearsal
 fi
 
 [ "$device" != cuda ] || part capture 70 "$python" benchmarks/capture.py
-part tests 120 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/test_experiment.py tests/test_notebooks.py \
+part tests 120 "$python" -m pytest -v -n 0 -p no:cacheprovider tests/test_experiment.py tests/test_notebooks.py \
     -k "captured or notebook and (lab/03_experiment or lab/08_sorting)"
 part step 120 "$python" benchmarks/step.py --device "$device" "${digits[@]}" "${step[@]}" --out "$out/step.jsonl"
 part sorting 90 "${bench[@]}" sorting --engine together --device "$device" --precision "$precision" \

@@ -207,3 +207,8 @@ def test_captured_is_the_same(make, kind):
     kind, config = kind
     logs = [Training(make(kind, device="cuda", **config), capture=o).train(5) for o in (True, False)]
     torch.testing.assert_close(*logs, rtol=1e-8, atol=1e-10)
+
+def test_training_may_go_on(make):
+    "Beyond the steps of the configuration, and in any portions"
+    a, b = (Training(make("sorting", steps=4)) for _ in range(2))
+    torch.testing.assert_close(torch.cat([a.train(3), a.train(1), a.train(5)]), b.train(9), rtol=1e-9, atol=1e-11)

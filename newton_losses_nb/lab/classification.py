@@ -160,15 +160,7 @@ classification_config = Classification.config # The configuration of a run
 # %% ../../nbs/lab/09_classification.ipynb #c3aee383
 class ClassificationTask(Task):
     "Reading digits: network, loss, images and scores for one configuration"
-    def __init__(
-        self,
-        config:dict,  # From `classification_config`
-        data:dict,    # From `load_digits`: train, valid and test digits
-    ):
-        super().__init__(config, data)
-        self.optimizer, found = OPTIMIZERS[config["optimizer"]], len(data["train"])
-        if found != config["train"]: raise ValueError(
-            f"train: expected {config['train']} digits as configured, got {found}")
+    optimizer = property(lambda self: OPTIMIZERS[self.config["optimizer"]], doc="By its name")
 
     @property
     def lr(self):

@@ -102,7 +102,7 @@ def setting(
     help:str,                 # What it is
     check:Callable|None=None, # Called with name and value; returns the value or raises
     always:bool=False,        # In every configuration? Else only where it is not the default
-    option:str|None=None,     # Name of an option for several values, with commas
+    option:str|None=None,     # Name of an option for several values; "": not in a command
     command=None,             # Default in a command; None: `default`
 ):                            # A field of a dataclass
     "One setting"
@@ -176,6 +176,9 @@ class Task:
         data:dict|None=None, # Data by split; `data["train"].source` says which, in words
     ):
         self.config, self.data = config, data
+        for k, part in (data or {}).items():
+            if config.get(k, len(part)) != len(part): raise ValueError(
+                f"{k}: expected {config[k]} samples as configured, got {len(part)}")
         self.device = torch.device(config["device"])
         double = config["precision"] == "float64"
         self.dtype = torch.float64 if double else torch.float32
@@ -422,8 +425,8 @@ def train(self:Training, steps:int) -> Float[Tensor, "steps 2 K"]:
         if not len(self.ahead): self.ahead = self._draw()
         block, self.ahead = self.ahead[:steps], self.ahead[steps:]
         logs.append(self._run(block))
-        steps = steps - len(block)
-        if not len(self.ahead): self.ahead = self._draw()
+        steps, more = steps - len(block), self.done < self.task.config["steps"]
+        if more and not len(self.ahead): self.ahead = self._draw()
     return torch.cat(logs).cpu()
 
 @patch
@@ -440,10 +443,8 @@ def _run(self:Training, block):
 @patch
 def _draw(self:Training):
     "Choose data for the next steps, up to the next evaluation, and send them off"
-    c = self.task.config
-    end = min(c["steps"], self.done - self.done % c["eval_every"] + c["eval_every"])
-    some = range(min(self.block, end - self.done))
-    if not some: return self.ahead
+    every = self.task.config["eval_every"]
+    some = range(min(self.block, every - self.done % every))
     block = torch.stack([torch.stack([next(s) for s in self.streams]) for _ in some])
     if self.task.device.type != "cuda": return block
     return block.pin_memory().to(self.task.device, non_blocking=True)
