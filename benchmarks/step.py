@@ -59,7 +59,7 @@ if __name__ == "__main__":
     a = p.parse_args()
     cuda = torch.device(a.device).type == "cuda"
     if cuda and not torch.cuda.is_available(): sys.exit("step.py: PyTorch finds no GPU")
-    data = dict(sorting=load_digits(data_dir=a.data_dir), paths=load_maps(train=700, valid=10, test=10))
+    data = dict(sorting=load_digits(data_dir=a.data_dir), paths=load_maps(train=140, valid=10, test=10))
     modes = itertools.product(("tf32", "bf16") if cuda else ("float32",), (1, 10) if cuda else (1, 2), (True, False) if cuda else (False,))
     with open(a.out, "a") as f:
         for (precision, K, capture), (kind, config) in itertools.product(modes, STEPS):

@@ -133,7 +133,7 @@ class Classification(Settings):
     gain:float = entry(1., "Factor on lr for other methods than the plain loss", positive)
     lam:float|str = entry(0.1, "Damping λ: a number or auto", damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip and clip_grad", positive)
-    pool:int = entry(2, "Shrink the digits by this factor", one_of(2, 1))
+    pool:int = entry(2, "Shrink the digits by this factor", one_of(1, 2))
     train:int = entry(4000, "Training digits, as many as the data have", whole(1),
                       option="")
     device:str = entry("cpu", "cpu or cuda")

@@ -34,8 +34,9 @@ def run_key(
 
 # %% ../../nbs/lab/02_records.ipynb #0ce8ee51
 def _git_commit():
-    here = ['git', '-C', str(Path(__file__).parent)]
-    git = lambda *a: subprocess.run([*here, *a], capture_output=True, text=True, timeout=10)
+    def git(*a):
+        here = ['git', '-C', str(Path(__file__).parent)]
+        return subprocess.run([*here, *a], capture_output=True, text=True, timeout=10)
     try:
         if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
         dirty = '-dirty' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else ''
