@@ -1,4 +1,5 @@
 """Ablations: their plans are whole and fair, targets that stay are those of a slow twin, and choices are the records' own."""
+import functools
 import json
 from collections import Counter
 
@@ -12,9 +13,10 @@ from newton_losses_nb.lab import ablations
 from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare_arms,
                                         forget, reorder, run_ablation, wrong_orders)
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import run_record, sorting_config
+from newton_losses_nb.lab.experiment import fit, run_all
 from newton_losses_nb.core.newton import Fisher, OutputLoss
 from newton_losses_nb.lab.report import paired_test
+from newton_losses_nb.lab.sorting import sorting_config
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
 SIZE = dict(n=5, steps=200, batch=50, lr=1e-2)
@@ -86,12 +88,8 @@ def test_targets_stay(lead, steps):
 
 def test_held_once_is_the_method_itself(digits):
     "One step for each target is the Newton loss; and the plain gradient over λ, to which Adam is blind"
-    from newton_losses_nb.lab.experiment import fit
     small = dict(steps=6, batch=10, eval_every=3, eval_sets=30, precision="float64", lr=1e-3, tau=1.)
-    def curve(**c):
-        curves = {}
-        fit(AblationTask(ablation_config(**small, **c), digits), curves)
-        return torch.tensor(curves["true_loss"])
+    def curve(**c): return torch.tensor(fit([AblationTask(ablation_config(**small, **c), digits)])[0].curves["true_loss"])
     assert_close(curve(method="fisher_k1", lam=.1), curve(method="fisher", lam=.1), rtol=1e-9, atol=0)
     assert_close(curve(method="gradient_k1", lam=.1), curve(method="none"), rtol=1e-4, atol=0)
 
@@ -128,7 +126,8 @@ def test_forget_leaves_the_records_alone():
 
 @pytest.mark.parametrize("name", ["targets", "transfer"])
 def test_an_ablation_runs_and_resumes(name, tmp_path):
-    tiny = dict(out=tmp_path/"out", tuning_out=tmp_path/"tuning", seeds=(0,), steps=5, tuning_steps=1, tuning_seeds=(7,), batch=4, eval_sets=10, show=False)
+    tiny = dict(out=tmp_path/"out", tuning_out=tmp_path/"tuning", seeds=(0,), steps=5, tuning_steps=1, tuning_seeds=(7,), batch=4, eval_sets=10,
+                run=functools.partial(run_all, show=False))
     runs = run_ablation(name, **tiny)
     assert len(runs) == len(ABLATIONS[name].arms(**SIZE)) and all(r["status"] == "ok" for r in runs)
     assert {r["config"]["seed"] for r in runs} == {0}
@@ -140,4 +139,4 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
 @pytest.mark.parametrize("method", ["hessian", "hessian_abs_sample"])
 def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
     c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations.STEEP)
-    assert run_record(AblationTask(c, digits), {})["status"] == "ok"
+    assert fit([AblationTask(c, digits)])[0].error is None

@@ -5,17 +5,14 @@ from torch import nn
 from reference import NeverLooks
 from torch.testing import assert_close
 
-from newton_losses_nb.lab.classification import (CLASSIFIERS, ClassificationFeed, ClassificationTask, classification_config, classification_grid, digit_loss,
-                                             first_step, glorot, lenet5, like_tanh, make_classifier, mlp)
+from newton_losses_nb.lab.classification import (CLASSIFIERS, Classification, ClassificationTask, classification_config, digit_loss,
+                                                 first_step, glorot, lenet5, like_tanh, make_classifier, mlp)
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.core.newton import OutputLoss
-from newton_losses_nb.lab.ablations import ABLATIONS, ablation_config
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import METHODS, SortingTask, directions, fit, run_all, sorting_config
-from newton_losses_nb.lab.fast_training import SideBySide, seeds_together
+from newton_losses_nb.lab.experiment import METHODS, Training, directions, fit, run_all, seeds_together
 from newton_losses_nb.lab.plots import plot_curves
-from newton_losses_nb.lab.paths import path_config
-from newton_losses_nb.lab.records import read_runs, run_key, stored_results
+from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.report import caption, group_runs, summary
 
 DIGITS = load_digits()
@@ -23,8 +20,7 @@ FEW = {k: type(d)(d.images[:n], d.labels[:n], d.source) for (k, d), n in zip(DIG
 TINY = dict(batch=20, train=60, precision="float64")
 def task(*args, cls=ClassificationTask, **kw): return cls(classification_config(*args, **(TINY | kw)), FEW)
 def curves(t, without=()):
-    found = {}
-    fit(t, found)
+    found = fit([t])[0].curves
     left_out = ("seconds", "negative_eigenvalues", *without)
     return {k: torch.tensor([math.nan if o is None else o for o in v], dtype=torch.float64) for k, v in found.items() if k not in left_out}
 def same(a, b, **tol):
@@ -72,17 +68,17 @@ def test_side_by_side_is_one_by_one(optimizer, network, method, tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_step_of_many_seeds_never_looks(optimizer):
     for method in METHODS:
-        side = SideBySide([task("lenet_relu", optimizer, method, seed=s) for s in (0, 1)])
-        first, second = side.feed.draw(2)
-        side.step(first)
-        with NeverLooks(): side.step(second)
+        training = Training([task("lenet_relu", optimizer, method, seed=s, epochs=2) for s in (0, 1)])
+        first, second = training._draw()[:2]
+        training.step(first)
+        with NeverLooks(): training.step(second)
 
-def test_feed_is_the_streams_of_the_tasks():
-    tasks = [task("mlp_relu", seed=s) for s in (3, 4)]
-    feed, streams = ClassificationFeed(tasks), [t.batches() for t in tasks]
-    for index in feed.draw(8):                                             # more than two epochs
-        x, (t,) = feed.batch(index)
-        for k, (a, (b,)) in enumerate(map(next, streams)): assert torch.equal(x[k], a) and torch.equal(t[k], b)
+def test_an_epoch_sees_every_digit_once():
+    t = task("mlp_relu", seed=3)
+    some = [labels for (_, (labels,)), _ in zip(t.batches(), range(6))]   # two epochs
+    first, second = torch.cat(some[:3]), torch.cat(some[3:])
+    assert torch.equal(first.sort().values, FEW["train"].labels.sort().values) and torch.equal(second.sort().values, first.sort().values)
+    assert not torch.equal(first, second)
 
 def test_a_seed_that_explodes_fails_alone(tmp_path):
     class Wild(ClassificationTask):
@@ -121,7 +117,7 @@ def test_hessian_of_the_cross_entropy(dtype):
     assert torch.linalg.eigvalsh(H.double()).min() > -1e-6 and H.sum(1).abs().max() < 1e-5
 
 def test_resume_and_report(tmp_path):
-    grid = classification_grid(["mlp_tanh"], ["sgd", "adam"], ["none", "fisher"], range(3), (1, 2), **TINY) + \
+    grid = Classification.grid(dict(network="mlp_tanh", **TINY), seed=range(3), epochs=(1, 2), optimizer=["sgd", "adam"], method=["none", "fisher"]) + \
         [classification_config("mlp_tanh", "sgd", "rms", s, gain=0.3, **TINY) for s in range(3)]
     tasks = [ClassificationTask(c, FEW) for c in grid]
     list(run_all(tasks[:7], tmp_path, "classification", show=False))
@@ -141,20 +137,6 @@ def test_names_of_settings_and_gains():
     made = lambda **kw: dict(key="k", status="ok", error=None, config=classification_config(**kw), data_source="x", result={"exact_match": .5})
     rows = group_runs([made(), made(method="rms", gain=.3), made(method="rms", gain=3.), made(method="fisher", gain=2.)])
     assert list(rows.method) == ["none", "fisher", "rms, gain=0.3", "rms, gain=3.0"] and rows.setting.nunique() == 1
-
-CONFIGS = dict(sorting_cpu=sorting_config, sorting_cpu_tuning=sorting_config, choosing_cpu=sorting_config,
-               paths_cpu=path_config, paths_cpu_tuning=path_config,
-               classification_cpu=classification_config, classification_cpu_tuning=classification_config,
-               **{f"ablation_{k}_cpu": ablation_config for k in (*ABLATIONS, "tuning")})
-
-@pytest.mark.parametrize("folder", CONFIGS)
-def test_stored_runs_are_found_again(folder):
-    "The same settings give the same configuration and the same key as in version 0.1"
-    make, runs = CONFIGS[folder], read_runs(stored_results(folder))
-    derived = ("task", "steps", "setting", "loss") if make is classification_config else ("task", "steps") if make is path_config else ("task",)
-    for r in runs:
-        c = make(**{k: v for k, v in r["config"].items() if v is not None and k not in derived})
-        assert c == r["config"] and run_key(c, r["data_source"]) == r["key"], (c, r["config"])
 
 def test_digits_of_a_folder(tmp_path):
     import gzip, struct

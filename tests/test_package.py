@@ -44,13 +44,21 @@ def test_lines_of_the_core(module):
     cells = (PACKAGE/module).read_text(encoding="utf-8").split("\n# %% ")
     assert not [line for cell in cells[2:] for line in cell.splitlines() if len(line) > 100]
 
-OLD = ("paths/terrain.py",)                                                   # takes some from lab.data
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split("/")[0] in ("lab", "paths", "sorting")])
+def test_lines_and_parameters(module):
+    "At most 120 characters, but for nbdev's list of names; at most 10 parameters beside `self`"
+    text = (PACKAGE/module).read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if len(line) > 120 and not line.startswith("__all__")]
+    for f in ast.walk(ast.parse(text)):
+        if not isinstance(f, ast.FunctionDef): continue
+        names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+        assert len([n for n in names if n not in ("self", "cls")]) <= 10, f.name
 
 def of_this_package(node): return isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "newton_losses_nb")
 
 def private(name): return name.startswith("_") and not name.startswith("__")
 
-@pytest.mark.parametrize("module", [pytest.param(m, marks=pytest.mark.xfail(m in OLD, reason="not cleaned yet")) for m in MODULES])
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_uses_a_private_name_of_another(module):
     nodes = list(ast.walk(ast.parse((PACKAGE/module).read_text(encoding="utf-8"))))
     names = {alias.asname or alias.name for n in nodes if of_this_package(n) for alias in n.names}

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import SortingTask, run_record
+from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.lab.processes import ray_cluster, start_ray
 from newton_losses_nb.lab.records import read_runs
+from newton_losses_nb.lab.sorting import SortingTask
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by signals, which Windows has not")
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-CLI = ["-m", "newton_losses_nb.lab.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
+CLI = ["-m", "newton_losses_nb.lab.cli", "sorting", "--relaxations", "neural_sort", "--methods", "none", "--engine", "local", "--steps", 20, "--eval-every", 10, "--eval-sets", 50]
 
 def interruptible():
     "A shell's background jobs, and what they start, ignore Ctrl-C; these do not"
@@ -105,8 +106,9 @@ def test_ray_starts_again():
 RAY = '''
 import functools, os, sys, time
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import SortingTask, run_all, sorting_config
-from newton_losses_nb.lab.processes import Job, ray_cluster, ray_engine
+from newton_losses_nb.lab.experiment import run_all
+from newton_losses_nb.lab.processes import ray_cluster, ray_engine
+from newton_losses_nb.lab.sorting import SortingTask, sorting_config
 
 folder = sys.argv[1]
 class Slow(SortingTask):
@@ -120,9 +122,9 @@ class Slow(SortingTask):
 
 digits = load_digits()
 seeds = list(map(int, sys.argv[2:]))
-jobs = [Job(Slow if s else SortingTask, sorting_config(seed=s, steps=10, eval_every=5, eval_sets=20), digits) for s in seeds]
+tasks = [(Slow if s else SortingTask)(sorting_config(seed=s, steps=10, eval_every=5, eval_sets=20), digits) for s in seeds]
 engine = functools.partial(ray_engine, cluster=functools.partial(ray_cluster, jobs=2))
-print([r["config"]["seed"] for r in run_all(jobs, folder, "sorting", show=False, engine=engine)])
+print([r["config"]["seed"] for r in run_all(tasks, folder, "sorting", show=False, engine=engine)])
 '''
 
 @needs_ray
@@ -148,4 +150,4 @@ def test_ray(tmp_path):
     assert set(runs) == {0, 1, 2, 3} and finished(file) == 4
     assert all(r["command"].startswith("grid.py") and r["device_name"].endswith(" 1 threads") and r["status"] == "ok" for r in runs.values())
     torch.set_num_threads(1)
-    for s in (0, 1): assert run_record(SortingTask(runs[s]["config"], load_digits()), {})["result"] == runs[s]["result"]
+    for s in (0, 1): assert fit([SortingTask(runs[s]["config"], load_digits())])[0].result == runs[s]["result"]

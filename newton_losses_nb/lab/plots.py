@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 
 from ..core.newton import Fisher
 from .experiment import METHODS
-from .report import caption, group_runs, in_percent, method_order, summary, to_markdown
+from .report import (
+    caption, conclusion, group_runs, in_percent, method_order, summary, to_markdown)
 
 # %% ../../nbs/lab/05_plots.ipynb #5f106921
 def curve(
@@ -99,7 +100,9 @@ def plot_curves(
 ) -> Figure:                  # One panel per setting, one line per method
     "Draw a metric over steps or over seconds"
     if x not in _axes: raise ValueError(f"x: expected one of {', '.join(_axes)}, got {x!r}")
-    if missing := [r["key"] for r in runs if r["curves"] and x not in r["curves"]]: raise ValueError(f"x: expected a curve of all runs, got {x!r}, which run {missing[0]} does not have")
+    missing = [r["key"] for r in runs if r["curves"] and x not in r["curves"]]
+    if missing: raise ValueError(
+        f"x: expected a curve of all runs, got {x!r}, which run {missing[0]} does not have")
     g = group_runs(runs)
     known = dict.fromkeys(k for r in runs for k in r["curves"] if k not in _axes)
     if metric not in known: raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}")
@@ -133,11 +136,11 @@ def write_report(
     runs:list[dict],          # Records, as from `read_runs`
     out:str|Path,             # Folder for the files; made if there is none
     metric:str="exact_match", # A fraction in the results
-) -> list[Path]:              # table.md, table.csv, and curves_step (or curves_epoch) and curves_seconds as .png and .svg
+) -> list[Path]:              # table.md, table.csv, and curves over steps (or epochs) and seconds
     "Write tables, and pictures if the metric has curves, into a folder"
     table, out = summary(runs, metric), Path(out)
     lines = "  \n".join(caption(runs, metric).splitlines())
-    page = f"# {metric}\n\n{to_markdown(table)}\n\n{lines}\n"
+    page = f"# {metric}\n\n{to_markdown(table)}\n\n{conclusion(table)}\n\n{lines}\n"
     files = {"table.md": lambda f: f.write_text(page, encoding="utf-8"),
              "table.csv": lambda f: table.assign(metric=metric).to_csv(f, index=False)}
     across = "epoch" if all("epoch" in r["curves"] for r in runs if r["curves"]) else "step"

@@ -6,14 +6,11 @@ import torch
 from reference import NeverLooks
 from tqdm.auto import tqdm
 
-from newton_losses_nb.lab import fast_training
-from newton_losses_nb.core.derivatives import NonFiniteError
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import METHODS, SortingTask, fit, one_by_one, run_all, sorting_config
-from newton_losses_nb.lab.fast_training import (
-    CapturedStep, Cost, PathFeed, SideBySide, SortingFeed, fit_together, floor_seconds, seed_groups, seeds_together, step_cost)
+from newton_losses_nb.lab.experiment import METHODS, CapturedStep, Training, fit, network_precision, one_by_one, run_all, seed_groups, seeds_together
 from newton_losses_nb.lab.paths import PATH_LOSSES, PathTask, path_config
 from newton_losses_nb.lab.records import read_runs
+from newton_losses_nb.lab.sorting import SortingTask, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
 
 SIZES = dict(train=60, valid=15, test=15)
@@ -64,47 +61,48 @@ def broken(task, from_step=0):
     return task
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
-def test_same_as_alone(make, kind):
+def test_same_for_every_number_of_seeds(make, kind):
     "Two seeds side by side give the curves and the result of each alone"
     kind, config = kind
-    for run, task in zip(fit_together(make(kind, **config)), make(kind, **config)):
-        curves = {}
-        result = fit(task, curves)
-        assert run.error is None
+    for run, task in zip(fit(make(kind, **config)), make(kind, **config)):
+        alone, = fit([task])
+        assert run.error is None and (run.together, alone.together) == (2, 1)
         tol = 1e-7 if config.get("relaxation") == "logistic" else 1e-9    # saturated comparisons divide by what is almost zero
-        same_curves(run.curves, curves, tol)
-        same_curves({k: [v] for k, v in run.result.items()}, {k: [v] for k, v in result.items()}, tol)
+        same_curves(run.curves, alone.curves, tol)
+        same_curves({k: [v] for k, v in run.result.items()}, {k: [v] for k, v in alone.result.items()}, tol)
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 def test_never_looks(make, kind):
     "The step can be captured"
     kind, config = kind
-    side = SideBySide(make(kind, **config), sweeps=36)
-    first, second = side.feed.draw(2)
-    side.step(first)
-    with NeverLooks(): out = side.step(second)
+    tasks = make(kind, **config)
+    if kind == "paths": tasks[0].sweeps = 36
+    training = Training(tasks)
+    first, second = training._draw()[:2]
+    training.step(first)
+    with NeverLooks(): out = training.step(second)
     assert out.shape == (2, 2) and out.isfinite().all()
 
+def with_sweeps(tasks, sweeps):
+    tasks[0].sweeps = sweeps
+    return tasks
+
 def test_fixed_sweeps_give_the_same(make):
-    a, b = (SideBySide(make("paths", method="fisher"), sweeps=o).train(3) for o in (None, 36))
+    a, b = (Training(with_sweeps(make("paths", method="fisher"), o)).train(3) for o in (None, 36))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 def test_a_loss_that_breaks_where_outputs_do_not(make):
-    "A sample that is left out is no silent success: that seed has failed, as it has alone"
-    def tasks():
-        made = make("sorting", range(6), n=3, batch=1, steps=3)
-        for t in made:
-            f = t.loss_fn
-            t.loss_fn = lambda y, T, f=f: f(y, T)/(T.diagonal(dim1=-2, dim2=-1).sum(-1) < 3)   # the order is right already
-        return made
-    def error(task):
-        try: fit(task, {})
-        except NonFiniteError as e: return str(e)
-    together, alone = [run.error for run in fit_together(tasks())], [error(t) for t in tasks()]
-    assert [e is None for e in together] == [e is None for e in alone] and 0 < alone.count(None) < 6
+    "A sample that is left out is no silent success: that seed has failed, and no other"
+    class Bare(SortingTask):
+        def make_loss(self):
+            f = super().make_loss()
+            return lambda y, T: f(y, T)/(T.diagonal(dim1=-2, dim2=-1).sum(-1) < 3)   # the order is right already
+    def tasks(): return [Bare(t.config, t.data) for t in make("sorting", range(6), n=3, batch=1, steps=3)]
+    together, alone = [run.error for run in fit(tasks())], [fit([t])[0].error for t in tasks()]
+    assert together == alone and 0 < alone.count(None) < 6
 
 def test_too_few_sweeps_are_loud(make):
-    assert all("expected finite loss" in run.error for run in fit_together(make("paths", loss="fenchel_young"), sweeps=2))
+    assert all("expected finite loss" in run.error for run in fit(with_sweeps(make("paths", loss="fenchel_young"), 2)))
 
 @pytest.mark.parametrize("method", ["none", "fisher", "hessian", "hessian_abs", "rms"])
 @pytest.mark.parametrize("kind", ["sorting", "paths"])
@@ -113,28 +111,31 @@ def test_one_seed_fails(make, kind, method, tmp_path):
     def tasks(): return [broken(t, 4) if t.config["seed"] == 1 else t for t in make(kind, (0, 1, 2), method=method, **({"steps": 9} if kind == "sorting" else {"epochs": 2}))]
     alone, together = (list(run_all(tasks(), tmp_path/e.__name__, kind, show=False, engine=e)) for e in (one_by_one, seeds_together))
     assert [r["status"] for r in together] == ["ok", "failed", "ok"] == [r["status"] for r in alone]
-    assert together[1]["error"].startswith("after step 3: step 5: expected finite loss") and alone[1]["error"].startswith("after step 3: ")
+    assert together[1]["error"].startswith("after step 3: step 5: expected finite loss") and alone[1]["error"] == together[1]["error"]
     for a, b in zip(alone, together):
         assert a["key"] == b["key"] and b["together"] == 3 and a.keys() | {"together"} == b.keys()
         same_curves(a["curves"], b["curves"])
     json.dumps(together, allow_nan=False)
 
 def test_all_seeds_fail(make):
-    runs = fit_together([broken(t) for t in make("sorting", steps=30)])
+    runs = fit([broken(t) for t in make("sorting", steps=30)])
     assert all(r.error.startswith("after step 0: step 1:") and r.curves["step"] == [0] and r.result is None for r in runs)
 
-def test_other_tasks_one_by_one(make, tmp_path):
-    "A task of another kind, or a group whose common step fails, is run alone"
+def test_other_tasks_in_groups_of_their_own(make, tmp_path):
     class Other(SortingTask): pass
-    others = [Other(t.config, t.digits) for t in make("sorting", (5, 6))]
+    others = [Other(t.config, t.data) for t in make("sorting", (5, 6, 7))]
     records = list(run_all(make("sorting") + others, tmp_path, "mixed", show=False, engine=seeds_together))
-    assert [r.get("together") for r in records] == [2, 2, None, None] and all(r["status"] == "ok" for r in records)
+    assert [r["together"] for r in records] == [2, 2, 3, 3, 3] and all(r["status"] == "ok" for r in records)
 
 def test_common_failure_falls_back(make, monkeypatch):
-    def fails(*args, **kwargs): raise torch.linalg.LinAlgError("no")
-    monkeypatch.setattr(fast_training, "fit_together", fails)
+    "An error of the common step sends each seed into a run of its own; alone it is recorded"
+    train = Training.train
+    def fails(self, steps):
+        if len(self.nets) > 1 or self.task.config["seed"] == 1: raise torch.linalg.LinAlgError("no")
+        return train(self, steps)
+    monkeypatch.setattr(Training, "train", fails)
     records = list(seeds_together(make("sorting"), tqdm(disable=True)))
-    assert [r["status"] for r in records] == ["ok", "ok"] and all("together" not in r for r in records)
+    assert [r["error"] for r in records] == [None, "after step 0: no"] and all("together" not in r for r in records)
 
 def test_interrupted(make, tmp_path):
     "Groups that are finished are kept, and the same call goes on"
@@ -155,35 +156,42 @@ def test_groups(make):
 def test_blocks_of_data(make, kind):
     "The numbers do not depend on how many steps' data are chosen at a time"
     config = dict(epochs=3) if kind == "paths" else dict(steps=15)
-    same = [fit_together(make(kind, eval_every=4, **config), block=b) for b in (1, 3, 250)]
+    same = [fit(make(kind, eval_every=4, **config), block=b) for b in (1, 3, 250)]
     for runs in same[1:]:
         for a, b in zip(same[0], runs): same_curves(a.curves, b.curves, 0, 0)
 
 def test_learning_rate_drops(make):
-    side = SideBySide(make("paths", epochs=2))
-    assert side.task.milestones == [6, 8]
+    training = Training(make("paths", epochs=2))
+    assert training.task.milestones == [6, 8]
     rates = []
-    for _ in range(10): side.train(1); rates.append(float(side.lr))
+    for _ in range(10): training.train(1); rates.append(float(training.lr))
     torch.testing.assert_close(rates, [3e-3]*6 + [3e-4]*2 + [3e-5]*2)
 
-def test_feeds(make):
-    for kind, feed in (("sorting", SortingFeed), ("paths", PathFeed)):
+def test_batches_of_a_group_are_those_of_each(make):
+    for kind in ("sorting", "paths"):
         tasks = make(kind, (3, 8), precision="float32")
-        alone, ours = [t.batches() for t in tasks], feed(tasks)
-        for index in torch.cat([ours.draw(4), ours.draw(1), ours.draw(7)]):
-            x, (t,) = ours.batch(index)
+        alone, training = [t.batches() for t in tasks], Training(tasks)
+        for index in training._draw():
+            x, (t,) = tasks[0].batch(index)
             for k, (a, (b,)) in enumerate(map(next, alone)): assert torch.equal(x[k], a) and torch.equal(t[k], b)
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_other_precisions(make, precision):
-    for run, task in zip(fit_together(make("sorting", precision=precision, method="fisher")), make("sorting", precision=precision, method="fisher")):
-        curves = {}
-        fit(task, curves)
-        losses = [{k: c[k] for k in ("step", "train_loss", "true_loss")} for c in (run.curves, curves)]
+    for run, task in zip(fit(make("sorting", precision=precision, method="fisher")), make("sorting", precision=precision, method="fisher")):
+        alone, = fit([task])
+        losses = [{k: r.curves[k] for k in ("step", "train_loss", "true_loss")} for r in (run, alone)]
         same_curves(*losses, 1e-2 if precision == "float32" else .2)
 
+def test_flags_of_precision_are_put_back():
+    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
+    before = flags()
+    with pytest.raises(KeyError), network_precision("tf32", torch.device("cuda")):
+        assert flags() == (True, True, True)
+        raise KeyError
+    assert flags() == before
+
 def test_channels_last(make):
-    a, b = (SideBySide(make("paths", loss="relaxed_bf", network="resnet18", batch=4), channels_last=o) for o in (False, True))
+    a, b = (Training(make("paths", loss="relaxed_bf", network="resnet18", batch=4), channels_last=o) for o in (False, True))
     assert not a.nets[0].body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert b.nets[0].body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(a.train(2), b.train(2), rtol=1e-8, atol=1e-10)
@@ -193,17 +201,14 @@ def test_captured_step_on_cpu():
     assert torch.equal(out(torch.ones(2)), torch.full((2,), 2.))
     with pytest.raises(ValueError, match="capture: expected inputs on a GPU, got cpu"): CapturedStep(lambda x: x, [torch.zeros(2)], capture=True)
 
-def test_cost():
-    x = torch.randn(7, 3, 8, 8)
-    conv = torch.nn.Conv2d(3, 5, 3, bias=False)
-    cost = step_cost(conv, x)
-    assert cost == Cost(2*7*5*36*27, 4*(x.numel() + conv.weight.numel() + 7*5*36), 1)
-    assert step_cost(lambda: conv(x).sum().backward()).flops == 2*cost.flops
-    assert floor_seconds(Cost(10, 40, 3), 5., 10., 2.) == (4., 6.)
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS[::3], ids=name)
 def test_captured_is_the_same(make, kind):
     kind, config = kind
-    logs = [SideBySide(make(kind, device="cuda", **config), capture=o).train(5) for o in (True, False)]
+    logs = [Training(make(kind, device="cuda", **config), capture=o).train(5) for o in (True, False)]
     torch.testing.assert_close(*logs, rtol=1e-8, atol=1e-10)
+
+def test_training_may_go_on(make):
+    "Beyond the steps of the configuration, and in any portions"
+    a, b = (Training(make("sorting", steps=4)) for _ in range(2))
+    torch.testing.assert_close(torch.cat([a.train(3), a.train(1), a.train(5)]), b.train(9), rtol=1e-9, atol=1e-11)

@@ -1,0 +1,87 @@
+"""Commands: those of the notebooks are understood, a setting is one line, a dry run only tells, a report is about all that lies there."""
+import json
+import re
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from newton_losses_nb.lab import cli
+from newton_losses_nb.lab.experiment import setting
+from newton_losses_nb.lab.records import run_key
+from newton_losses_nb.lab.report import conclusion
+from newton_losses_nb.lab.sorting import Sorting, sorting_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def commands():
+    "Every `nl_bench ...` line in a block of shell commands, of notebooks and README"
+    texts = [(ROOT/"README.md").read_text(encoding="utf-8")]
+    for p in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        texts += ["".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    blocks = [b for t in texts for b in re.findall(r"```sh\n(.*?)```", t, re.S)]
+    lines = [line for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    found = [line[line.index("nl_bench"):].split("#")[0] for line in lines if "nl_bench " in line]
+    return sorted({" ".join(o.split()) for o in found})
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_notebooks(line):
+    "Parsed by the parser of the command, and its settings checked"
+    _, name, *argv = shlex.split(line)
+    bench = cli.benches()[name]
+    p = cli._parser("nl_bench", bench.settings, bench.options)
+    if name == "ablation": p.add_argument("name")
+    args = vars(p.parse_args(argv))
+    assert isinstance(cli._pick(bench.options, args)[0], bench.options)
+    one, several = cli._pick(bench.settings, args)[1:]
+    if name == "ablation": assert bench.settings(**one)
+    else:
+        lists = {k: cli._seeds(v) if k == "seed" else cli._names(v) for k, v in several.items()}
+        assert bench.settings.grid(one | ({"train": 55_000} if name == "classification" else {}), **lists)
+
+def test_there_are_commands(): assert len(commands()) > 10
+
+@dataclass
+class Smoothed(Sorting):
+    "With one setting more"
+    smooth:float = setting(0., "Share of the label that goes to all")
+
+def test_a_new_setting_is_one_line():
+    "An option with help, an entry of the configuration; runs without it keep their keys"
+    assert Smoothed.config() == sorting_config() and run_key(Smoothed.config(), "x") == run_key(sorting_config(), "x")
+    assert Smoothed.config(smooth=.1) == sorting_config() | {"smooth": .1}
+    p = cli._parser("x", Smoothed, cli.GridOptions)
+    assert "Share of the label that goes to all (default: 0.0)" in " ".join(p.format_help().split())
+    assert p.parse_args(["--smooth", "1"]).smooth == "1"
+
+@pytest.mark.parametrize("name", ["sorting", "paths", "classification", "ablation"])
+def test_every_setting_has_a_document_and_a_default(name):
+    bench = cli.benches()[name]
+    help_text = cli._parser("x", bench.settings, bench.options).format_help()
+    for f in [*fields(bench.settings), *fields(bench.options)]:
+        assert len(f.metadata["help"]) > 5
+        if f.metadata["option"] != "": assert "--" + (f.metadata["option"] or f.name).replace("_", "-") in help_text
+
+TINY = ["sorting", "--relaxations", "neural_sort", "--methods", "none,whiten", "--seeds", "2", "--steps", "2", "--batch", "4", "--eval-sets", "10"]
+
+def test_dry_run_and_report_of_all(tmp_path, capsys):
+    "A dry run says what is left and writes nothing; a report of part of the runs is about the whole folder"
+    out = tmp_path/"runs"
+    assert cli.nl_bench([*TINY, "--out", str(out), "--dry-run"]) == 0 and not out.exists()
+    assert "4 runs on" in (said := capsys.readouterr().out) and "0 finished" in said and "2  neural_sort, whiten" in said
+    assert cli.nl_bench([*TINY, "--out", str(out)]) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert cli.nl_bench([*TINY, "--out", str(out), "--dry-run"]) == 0
+    assert "4 finished" in capsys.readouterr().out and {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert cli.nl_bench([*TINY, "--methods", "whiten", "--out", str(out)]) == 0
+    table = (out/"report"/"table.md").read_text()
+    assert "| none" in table and "| whiten" in table and "comparison with the plain loss" in table
+
+def test_conclusion():
+    rows = [dict(setting="a", method="none"), dict(setting="a", method="clip", pairs=3, diff=-1., lo=-2., hi=0., p=.2, p_holm=.2),
+            dict(setting="a", method="rms", pairs=3, diff=-3., lo=-4., hi=-2., p=.001, p_holm=.002)]
+    said = conclusion(pd.DataFrame(rows))
+    assert said.startswith("2 comparisons with the plain loss, 1 significant") and "largest gain: none" in said
+    assert "largest loss: a, rms (-3.00 points, interval -4.00 to -2.00)" in said and "few seeds decide nothing" in said

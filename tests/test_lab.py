@@ -1,0 +1,62 @@
+"""Runs are the runs of version 0.1: stored records are found by their keys, and short runs have the weights, batches and curves stored in data/curves.json."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from newton_losses_nb.lab.ablations import AblationTask, ablation_config
+from newton_losses_nb.lab.classification import ClassificationTask, classification_config
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import fit
+from newton_losses_nb.lab.paths import PathTask, path_config
+from newton_losses_nb.lab.records import read_runs, run_key, stored_results
+from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+from newton_losses_nb.paths.terrain import load_maps
+
+MAKE = dict(sorting=(SortingTask, sorting_config), paths=(PathTask, path_config), classification=(ClassificationTask, classification_config),
+            ablation=(AblationTask, ablation_config))
+STORED = {"sorting": "sorting_cpu sorting_cpu_tuning choosing_cpu hard_cpu hard_cpu_tuning", "paths": "paths_cpu paths_cpu_tuning",
+          "classification": "classification_cpu classification_cpu_tuning",
+          "ablation": " ".join(f"ablation_{k}_cpu" for k in ("curvature", "damping", "noise", "targets", "transfer", "tuning"))}
+DERIVED = {"paths": ("task", "steps"), "classification": ("task", "steps", "setting", "loss")}
+
+@pytest.mark.parametrize("kind, folder", [(k, f) for k, names in STORED.items() for f in names.split()])
+def test_stored_runs_are_found_again(kind, folder):
+    "The same settings give the same configuration and the same key"
+    for r in read_runs(stored_results(folder)):
+        given = {k: v for k, v in r["config"].items() if v is not None and k not in DERIVED.get(kind, ("task",))}
+        c = MAKE[kind][1](**given)
+        assert c == r["config"] and run_key(c, r["data_source"]) == r["key"], (c, r["config"])
+
+@pytest.fixture(scope="module")
+def data():
+    digits = load_digits()
+    few = {k: type(d)(d.images[:n], d.labels[:n], d.source) for (k, d), n in zip(digits.items(), (60, 30, 30))}
+    return dict(sorting=digits, ablation=digits, classification=few, paths=load_maps(train=60, valid=15, test=15))
+
+RUNS = [json.loads(o.rstrip(",")) for o in (Path(__file__).parent/"data"/"curves.json").read_text().splitlines()[1:-1]]
+
+def numbers(v): return torch.tensor([float("nan") if o is None else float(o) for o in v], dtype=torch.float64)
+
+def weighted(x): return (x.double()*torch.linspace(0, 1, x.numel()).view(x.shape)).sum().item()
+
+def name(run): return "-".join(str(run["given"].get(k)) for k in ("loss", "relaxation", "network", "optimizer", "method", "noise", "seed"))
+
+@pytest.mark.parametrize("run", RUNS, ids=name)
+def test_curves_are_those_of_before(run, data):
+    cls, make = MAKE[run["kind"]]
+    task = cls(make(**run["given"]), data[run["kind"]])
+    assert task.key == run["key"]
+    batches = task.batches()
+    x, targets = [next(batches) for _ in range(3)][2]
+    start = [sum(p.double().abs().sum().item() for p in task.make_network().parameters()), x.double().sum().item(), weighted(x), sum(map(weighted, targets))]
+    torch.testing.assert_close(start, run["start"], rtol=1e-9, atol=1e-9)
+    found, = fit([task])
+    curves, result = found.curves, found.result
+    exact = run["given"]["precision"] == "float64"                       # in float32, rounding grows from step to step
+    tol = dict(rtol=1e-6, atol=1e-9) if exact else dict(rtol=1e-2, atol=1e-2)
+    assert curves.keys() - {"seconds"} == run["curves"].keys() and result.keys() == run["result"].keys()
+    for k in run["curves"] if exact else ("step", "train_loss", "true_loss"):
+        torch.testing.assert_close(numbers(curves[k]), numbers(run["curves"][k]), equal_nan=True, msg=lambda s: f"{k}: {s}", **tol)
+    for k in run["result"] if exact else ("true_loss",): torch.testing.assert_close(float(result[k]), float(run["result"][k]), msg=lambda s: f"{k}: {s}", **tol)
