@@ -32,7 +32,7 @@ from ..sorting.losses import element_match, exact_match
 # %% ../../nbs/lab/10_ablations.ipynb #5e90920f
 class GradientStep(Damped):
     "The gradient over λ"
-    def forward(self, e, G, mask=None): return G/damping(self.lam, e)[..., None, None]
+    def forward(self, e, G, mask=None): return G/damping(self.lam, e)[0][..., None, None]
 
 # %% ../../nbs/lab/10_ablations.ipynb #fb286151
 HELD = { # Methods that hold a target: which method, and K

@@ -131,7 +131,7 @@ class Classification(Settings):
     lr:float|None = entry(None, "Learning rate of the plain loss; default: suits the optimiser",
                           positive)
     gain:float = entry(1., "Factor on lr for other methods than the plain loss", positive)
-    lam:float|str = entry(0.1, "Damping λ: a number or auto", damping_or_rule)
+    lam:float|str = entry(0.1, "Damping λ: a number, shrinkage, or auto", damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip and clip_grad", positive)
     pool:int = entry(2, "Shrink the digits by this factor", one_of(1, 2))
     train:int = entry(4000, "Training digits, as many as the data have", whole(1),

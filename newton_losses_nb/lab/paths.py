@@ -96,7 +96,8 @@ class Paths(Settings):
     epochs:int = entry(8, "Passes through the training maps", whole(1), command=3)
     batch:int = entry(50, "Maps in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: suits the network", positive)
-    lam:float|str = entry(100., "Damping λ: a number or auto", damping_or_rule)
+    lam:float|str = entry(100., "Damping λ: a number, shrinkage, or auto (the rule of 0.1)",
+                          damping_or_rule, command="shrinkage")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
     network:str = entry("small", "small (for a CPU) or resnet18 (the original's)",
                         one_of(*PATH_NETWORKS))

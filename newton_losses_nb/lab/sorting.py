@@ -40,7 +40,8 @@ class Sorting(Settings):
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: suits the network", positive)
-    lam:float|str = entry("auto", "Damping λ: a number or auto", damping_or_rule)
+    lam:float|str = entry("auto", "Damping λ: a number, shrinkage, or auto (the rule of 0.1)",
+                          damping_or_rule, command="shrinkage")
     max_norm:float = entry(0.1, "Largest gradient norm for clip and clip_grad", positive)
     tau:float|None = entry(None, "Temperature of neural_sort and soft_sort; default: suits",
                            positive)
