@@ -393,8 +393,8 @@ class Training:
 
 # %% ../../nbs/lab/03_experiment.ipynb #e20af730
 @patch
-def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "2 K"]:
-    "One step of all networks; returns losses and norms of the parameter gradients"
+def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"]:
+    "One step of all networks; losses, norms of the parameter gradients, and cosines"
     self.opt.zero_grad(set_to_none=True)
     x, targets = self.task.batch(index)
     Y = torch.stack([self.forward(net, o) for net, o in zip(self.nets, x)])
@@ -407,7 +407,9 @@ def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "2 K"
     norms = torch.stack([clip(net) for net in self.nets])
     self.opt.step()
     value = value.detach().masked_fill(~self.complete.last, torch.nan)
-    return torch.stack([value.to(norms.dtype), norms])
+    G, D = (x.flatten(1) for x in self.loss.sent)
+    cosine = torch.cosine_similarity(D, G, 1, 1e-300)    # of what was sent and the gradient
+    return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
 
 # %% ../../nbs/lab/03_experiment.ipynb #c9362fda
 def one_optimizer(
@@ -425,8 +427,8 @@ def one_optimizer(
 
 # %% ../../nbs/lab/03_experiment.ipynb #532c7833
 @patch
-def train(self:Training, steps:int) -> Float[Tensor, "steps 2 K"]:
-    "Losses and gradient norms of the next steps; the only wait is at the end"
+def train(self:Training, steps:int) -> Float[Tensor, "steps 3 K"]:
+    "What `step` returns of the next steps; the only wait is at the end"
     logs = []
     while steps:
         if not len(self.ahead): self.ahead = self._draw()
@@ -440,7 +442,7 @@ def train(self:Training, steps:int) -> Float[Tensor, "steps 2 K"]:
 def _run(self:Training, block):
     generators = [n.generator for n in self.noises if n.generator]
     self.call = self.call or CapturedStep(self.step, [block[0]], generators, self.capture)
-    log = torch.empty(len(block), 2, len(self.nets), dtype=self.task.dtype, device=block.device)
+    log = torch.empty(len(block), 3, len(self.nets), dtype=self.task.dtype, device=block.device)
     for index, row in zip(block, log):
         if drops := list(self.task.milestones).count(self.done): self.lr.mul_(0.1**drops)
         row.copy_(self.call(index))
@@ -495,21 +497,21 @@ def look(
     self:Run,
     step:int,         # Training steps so far
     seconds:float,    # Of training so far
-    seen:Float[Tensor, "steps 2"], # Losses and norms since the last time
+    seen:Float[Tensor, "steps 3"], # Losses, norms and cosines since the last time
     data:tuple,       # Validation data, from `task.evaluation`
     forward:Callable, # How to run the network
 ):
     "Check what was seen since the last time, score the network, and add a point to every curve"
-    for i, (loss, norm) in enumerate(seen.tolist(), step - len(seen) + 1):
+    for i, (loss, norm, _) in enumerate(seen.tolist(), step - len(seen) + 1):
         if not math.isfinite(loss + norm): raise NonFiniteError(
             f"step {i}: expected finite loss and gradient of the parameters, "
             f"got {loss:.3g} and norm {norm:.3g}")
     scores, y = evaluate(self.task, self.net, data, forward)
     few = min(100, len(y))
     share = self.task.negative_eigenvalues(y[:few], *(t[:few] for t in data[1]))
-    mean = seen.double().mean(0).tolist() if len(seen) else (None, None)
+    mean = seen.double().mean(0).tolist() if len(seen) else [None]*3
     point = self.task.time(step) | {"seconds": round(seconds, 4), "train_loss": mean[0],
-        "grad_norm": mean[1], **scores, "negative_eigenvalues": share}
+        "grad_norm": mean[1], "cosine": mean[2], **scores, "negative_eigenvalues": share}
     for k, v in point.items(): self.curves.setdefault(k, []).append(v)
     if scores["exact_match"] > self.best[0]:
         self.best = scores["exact_match"], step, copy.deepcopy(self.net.state_dict())
@@ -521,7 +523,7 @@ def fit(
     **options,             # Options of `Training`
 ) -> list[Run]:            # What became of each
     "Train a configuration from one or more seeds, and score the results"
-    c, K, seconds, seen = tasks[0].config, len(tasks), 0., torch.empty(0, 2, len(tasks))
+    c, K, seconds, seen = tasks[0].config, len(tasks), 0., torch.empty(0, 3, len(tasks))
     points = [*range(0, c["steps"], c["eval_every"]), c["steps"]]
     with network_precision(c["precision"], tasks[0].device) as forward:
         training = Training(tasks, forward=forward, **options)
