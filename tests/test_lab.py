@@ -56,7 +56,7 @@ def test_curves_are_those_of_before(run, data):
     curves, result = found.curves, found.result
     exact = run["given"]["precision"] == "float64"                       # in float32, rounding grows from step to step
     tol = dict(rtol=1e-6, atol=1e-9) if exact else dict(rtol=1e-2, atol=1e-2)
-    assert curves.keys() - {"seconds"} == run["curves"].keys() and result.keys() == run["result"].keys()
+    assert curves.keys() - {"seconds", "cosine"} == run["curves"].keys() and result.keys() == run["result"].keys()
     for k in run["curves"] if exact else ("step", "train_loss", "true_loss"):
         torch.testing.assert_close(numbers(curves[k]), numbers(run["curves"][k]), equal_nan=True, msg=lambda s: f"{k}: {s}", **tol)
     for k in run["result"] if exact else ("true_loss",): torch.testing.assert_close(float(result[k]), float(run["result"][k]), msg=lambda s: f"{k}: {s}", **tol)
