@@ -77,7 +77,7 @@ def prose(s):
 def documented(md, types):
     "What show_doc wrote, without links inside its code, and with `class` where it is one"
     def fence(m):
-        code = re.sub(r'\[`([^`\n]+)`\]\([^()\n]*\)', r'\1', m[0]).replace('collections.abc.Callable', 'Callable')
+        code = re.sub(r'\[`([^`\n]+)`\]\([^()\n]*\)', r'\1', m[0]).replace('collections.abc.', '').replace('__main__.', '')
         name = re.search(r'^def (\w+)\(', code, re.M)
         if not name or name[1] not in types: return code
         return re.sub(r'\(\s*\*args:Any, \*\*kwargs:Any\s*\)(->None)?:?', '()', code.replace('def ', 'class ', 1))
@@ -313,7 +313,7 @@ def offline(out='_docs'):
 
 
 # what smalldocs does not read and Quarto does
-known_to_quarto = re.compile(r'.*(html-math-method|respect-user-color-scheme|execute\.enabled|output-file)\b')
+known_to_quarto = re.compile(r'.*(html-math-method|respect-user-color-scheme|execute\.enabled|output-file|html\.grid|no Sass)\b')
 
 
 if __name__ == '__main__':

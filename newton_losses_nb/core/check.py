@@ -465,13 +465,25 @@ def _ask_size(p):
     text = f"rms {rms:.3g}; longest row {tail:.1f} times the median"
     return _note(f"{text}; a few samples rule the Fisher", rms) if tail > 10 else _ok(text, rms)
 
+# %% ../../nbs/core/07_check.ipynb #6c53f157
+def _ask_direction(p):
+    G, m = p.G[p.good].double(), p.y.shape[1]
+    if m > p.passes or len(G) < 4*m or not G.any(): return _unknown("")
+    F = G.mT @ G/len(G)
+    damped = F + _fine(p.y, 1e-8, 1e-5)*F.diagonal().mean()*torch.eye(m).to(F)
+    D = torch.linalg.solve(damped, G.mT).mT
+    cosine = float((D*G).sum()/(D.norm()*G.norm()))
+    text = f"at cosine {cosine:.2f} to the gradient: "
+    if cosine > 0.95: return _ok(text + "a rescaling; normalising does as well", cosine)
+    return _ok(text + "more than a rescaling", cosine)
+
 # %% ../../nbs/core/07_check.ipynb #317c9d84
 QUESTIONS = { # What `check_loss` asks, in order
     "one value per sample": _ask_shape, "leaves y alone": _ask_untouched,
     "repeatable": _ask_repeatable, "float64": _ask_double, "differentiable": _ask_gradient,
     "finite": _ask_finite, "independent samples": _ask_independent, "first derivative": _ask_first,
     "second derivative": _ask_second, "float32": _ask_single, "eigenvalues": _ask_eigenvalues,
-    "gradient size": _ask_size}
+    "gradient size": _ask_size, "Newton direction": _ask_direction}
 
 _NO_HESSIAN = "Do not use curvature='hessian': its Hessian is "
 _ADVICE = { # What to do about some answers
