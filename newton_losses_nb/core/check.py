@@ -29,7 +29,8 @@ from .solves import SPECTRA, auto_damping
 # %% ../../nbs/core/07_check.ipynb #fae74257
 def _reachable(root, limit=10_000):
     "All objects inside `root`, the near ones first, except classes, modules and tensors"
-    seen, todo, closed = {}, [root], (type, types.ModuleType, Tensor, str, bytes, int, float)
+    seen, todo, closed = {}, [root], (type, types.ModuleType, Tensor, str, bytes, int,
+                                      float)
     for o in todo:
         if id(o) in seen or isinstance(o, closed): continue
         if len(seen) == limit: break
@@ -49,7 +50,8 @@ def _states(o, np):
     if np is None: return []
     if isinstance(o, np.random.RandomState): return [(o.set_state, o.get_state())]
     if not isinstance(o, np.random.Generator): return []
-    return [(functools.partial(setattr, o.bit_generator, "state"), o.bit_generator.state)]
+    return [(functools.partial(setattr, o.bit_generator, "state"),
+             o.bit_generator.state)]
 
 # %% ../../nbs/core/07_check.ipynb #8c8333c0
 class FixedNoise:
@@ -66,7 +68,8 @@ class FixedNoise:
         if self.np: after.append((self.np.random.set_state, self.np.random.get_state()))
         with torch.random.fork_rng(devices=cuda):
             torch.default_generator.manual_seed(self.seed)
-            for d in cuda: torch.cuda.default_generators[d.index or 0].manual_seed(self.seed)
+            for d in cuda:
+                torch.cuda.default_generators[d.index or 0].manual_seed(self.seed)
             random.seed(self.seed)
             if self.np: self.np.random.seed(self.seed % 2**32)
             for put, state in self.states: put(state)
@@ -85,7 +88,8 @@ class Probe:
         seed:int=0,             # Of the noise inside the loss, and of random directions
     ):
         self.y, self.args, self.seed = y.detach().clone(), args, seed
-        self.found, self.good, self.own = {}, slice(None), hasattr(loss_fn, "derivatives")
+        self.found, self.good, self.own = {}, slice(None), hasattr(loss_fn,
+                                                                   "derivatives")
         self.use(loss_fn)
 
     def use(self, loss_fn):
@@ -105,17 +109,20 @@ class Probe:
 
     def products(self, V):
         "Each sample's Hessian times its row of each of the directions `(K, N, m)`"
-        given = functools.partial(derivatives, self.loss_fn, second="products", check=False)
+        given = functools.partial(derivatives, self.loss_fn, second="products",
+                                  check=False)
         return self.call(lambda *a: given(*a)[2](V), self.y)
 
     def mean_products(self, V):
         "The mean Hessian times each of the vectors `(K, m)`"
-        some = V[:, None].expand(-1, *self.y.shape).split(max(1, BUDGET//self.y.numel()))
+        some = V[:, None].expand(-1,
+                                 *self.y.shape).split(max(1, BUDGET//self.y.numel()))
         return torch.cat([self.products(v)[:, self.good].mean(1) for v in some])
 
     def directions(self, K):
         draw = torch.Generator().manual_seed(self.seed)
-        return torch.randn(K, *self.y.shape, generator=draw, dtype=torch.double).to(self.y)
+        return torch.randn(K, *self.y.shape, generator=draw,
+                           dtype=torch.double).to(self.y)
 
     def at(self, dtype=None, rows=None):
         "The same in another precision, or for the first `rows` samples"
@@ -165,16 +172,19 @@ def compare(
         size, floor = torch.maximum(_norm(slope), _norm(exact)), rounding/step
         if noise is None:
             noise, first = _norm(ahead - 2*at + behind).nan_to_num().amax(0), jump
-            if noise.median() > rounding.nanmedian(): noise = noise.clamp_min(noise.median())
+            if noise.median() > rounding.nanmedian():
+                noise = noise.clamp_min(noise.median())
             lost = (noise > rounding).expand_as(size)
         else:
             floor = floor + 3*noise/step
             lost = lost & (floor > size/2)
         typical = size[size.isfinite()].square().mean().sqrt()
         right = right | (_norm(slope - exact) <= tol*(size + 1e-3*typical) + floor)
-    bent = (2*first > jump) & (_norm(slope) > floor) | _not_additive(f, y, V, step, slope, floor)
+    bent = (2*first > jump) & (_norm(slope) > floor) | _not_additive(f, y, V, step,
+                                                                     slope, floor)
     after, before = (ahead - at)/step, (at - behind)/step
-    bent |= _norm(after - before) > 0.05*torch.maximum(_norm(after), _norm(before)) + floor
+    bent |= _norm(after - before) > 0.05*torch.maximum(_norm(after),
+                                                       _norm(before)) + floor
     flat, miss = _norm(after + before)/2 <= floor, _norm(slope - exact)
     judged, wrong = miss.isfinite() & ~lost, ~right & ~bent
     share = lambda x: float((x & judged).sum()/judged.sum().clamp_min(1))
@@ -184,7 +194,8 @@ def compare(
 
 def _not_additive(f, y, V, step, slope, floor):
     "Where a slope along v + w is not the sum of the two, as it must be where f is smooth"
-    both = torch.stack([(f(y + step*w) - f(y - step*w))/(2*step) for w in V[1:] + V[:-1]])
+    both = torch.stack([(f(y + step*w) - f(y - step*w))/(2*step)
+                        for w in V[1:] + V[:-1]])
     size = _norm(slope[1:]) + _norm(slope[:-1]) + 300*floor
     return (_norm(both - slope[1:] - slope[:-1]) > 1e-2*size).any(0)
 
@@ -196,7 +207,8 @@ class Finding(NamedTuple):
     value:object=None  # The same in one word or number, for programs
 
 _ok, _note, _problem, _fatal, _unknown = (
-    functools.partial(Finding, v) for v in ("ok", "note", "problem", "fatal", "unknown"))
+    functools.partial(Finding, v)
+    for v in ("ok", "note", "problem", "fatal", "unknown"))
 
 def _said(e): return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
@@ -217,7 +229,8 @@ class LossReport:
 
     @property
     def ok(self) -> bool: # Is there no problem?
-        return all(f.verdict not in ("problem", "fatal") for f in self.findings.values())
+        return all(f.verdict not in ("problem", "fatal")
+                   for f in self.findings.values())
 
     @property
     def settings(self) -> dict: # Options of `NewtonLoss`
@@ -243,7 +256,8 @@ class LossReport:
         return NewtonLoss(self.loss_fn, **(found | kwargs))
 
     def __repr__(self):
-        lines = [f"  {f.verdict:8} {q:22} {f.words}" for q, f in self.findings.items() if f.words]
+        lines = [f"  {f.verdict:8} {q:22} {f.words}" for q, f in self.findings.items()
+                 if f.words]
         missed = [q for q, f in self.findings.items() if not f.words]
         if len(missed) > 4: missed = ["the other questions"]
         if missed: lines.append(f"  not judged: {', '.join(missed)}")
@@ -252,14 +266,17 @@ class LossReport:
 
 # %% ../../nbs/core/07_check.ipynb #1d1348bc
 def _ask_shape(p):
-    n, hint = len(p.y), "; a relaxed permutation? permutation_loss(loss_fn) makes a loss of it"
+    n, hint = len(
+        p.y), "; a relaxed permutation? permutation_loss(loss_fn) makes a loss of it"
     with torch.no_grad(): loss = p.call(p.loss_fn, p.y)
     if not isinstance(loss, Tensor): return _fatal(
-        f"returns a {type(loss).__name__}, not a tensor{hint*isinstance(loss, tuple)}", "no tensor")
+        f"returns a {type(loss).__name__}, not a tensor{hint*isinstance(loss, tuple)}",
+        "no tensor")
     if loss.ndim == 0:
         return _fatal(f"returns one number for the batch; {_mend(p, loss)}", "reduced")
     if loss.shape != (n,): return _fatal(
-        f"shape {tuple(loss.shape)} instead of ({n},); sum or average over the other axes", "shape")
+        f"shape {tuple(loss.shape)} instead of ({n},); sum or average over the other "
+        f"axes", "shape")
     if not loss.is_floating_point():
         return _fatal(f"returns {loss.dtype}, which has no gradient", "integer")
     if loss.dtype == p.y.dtype: return _ok(f"shape ({n},)", "ok")
@@ -269,13 +286,15 @@ def _ask_shape(p):
 def _mend(p, loss):
     "Is it the mean or the sum of the samples' losses?"
     n = len(p.y)
-    def row(a, i): return a[i:i + 1] if isinstance(a, Tensor) and a.ndim and len(a) == n else a
+    def row(a, i):
+        return a[i:i + 1] if isinstance(a, Tensor) and a.ndim and len(a) == n else a
     def each(*a): return [p.loss_fn(*(row(x, i) for x in a)).sum() for i in range(n)]
     singles = torch.stack(p.call(each, p.y))
     for name in ("mean", "sum"):
         if torch.allclose(getattr(singles, name)(), loss, rtol=1e-4):
             return f"reduction='none', or per_sample(loss_fn, {name!r})"
-    return ("neither the mean nor the sum of the samples' losses: weights, or statistics of "
+    return ("neither the mean nor the sum of the samples' losses: weights, or "
+            "statistics of "
             "the batch?")
 
 # %% ../../nbs/core/07_check.ipynb #9bfd466d
@@ -285,9 +304,11 @@ def _ask_untouched(p):
     before = [p.y, *p.args]
     given = [a.clone() if isinstance(a, Tensor) else a for a in before]
     p.call(lambda *_: p.loss_fn(*given), p.y)
-    tensors = (isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(given, before))
+    tensors = (isinstance(a, Tensor) and not torch.equal(a, b)
+               for a, b in zip(given, before))
     i = next((i for i, changed in enumerate(tensors) if changed), None)
-    if i == 0: return _fatal("changes y in place; begin it with y = y.clone()", "y in place")
+    if i == 0: return _fatal("changes y in place; begin it with y = y.clone()",
+                             "y in place")
     if i: return _problem(f"changes args[{i - 1}] in place", "args in place")
     return _ok("changes neither y nor args", "ok")
 
@@ -324,7 +345,9 @@ def _ask_gradient(p):
     except Exception as e:
         seen = False
         if "expected values that depend on y" not in str(e): said = _said(e)
-    if seen: return _ok("its own derivatives" if p.own else "autograd finds a gradient", "ok")
+    if seen:
+        return _ok("its own derivatives" if p.own else "autograd finds a gradient",
+                   "ok")
     step, at = natural_step(p.y), p.values(p.y)
     moved = (p.values(p.y + h*step*v) for v in p.directions(2) for h in (1e-4, 0.1))
     if any((x != at).any() for x in moved): return _fatal("values change with y, but "
@@ -336,24 +359,29 @@ def _ask_finite(p):
     value, p.G = p.values(p.y).isfinite(), p.gradient(p.y)
     p.good = value & p.G.isfinite().all(1)
     if p.good.all(): return _ok("values and gradients", "ok")
-    bad, what = (~p.good).nonzero()[:, 0].tolist(), "gradient" if value.all() else "value"
-    return (_problem if p.good.any() else _fatal)(f"the {what} is NaN or infinite in {len(bad)} "
+    bad, what = (~p.good).nonzero()[:,
+                                    0].tolist(), "gradient" if value.all() else "value"
+    return (_problem if p.good.any()
+            else _fatal)(f"the {what} is NaN or infinite in {len(bad)} "
         f"of {len(value)} samples, first in sample {bad[0]}", "non-finite")
 
 # %% ../../nbs/core/07_check.ipynb #a33fa591
 def _ask_independent(p):
     y, n = p.y, len(p.y)
     if n == 1: return _unknown("one sample is not enough to tell", "unknown")
-    loss, tol, draw = p.values(y), _fine(y, 1e-9, 1e-4), torch.Generator().manual_seed(p.seed)
+    loss, tol, draw = p.values(y), _fine(y, 1e-9,
+                                         1e-4), torch.Generator().manual_seed(p.seed)
     near = tol*(loss.abs() + loss.abs().nanmedian())
     mixed = (y + y.roll(1, 0))/2 + 0.01*natural_step(y)*p.directions(1)[0]
-    def touched(rows): return (p.values(mixed.where(rows[:, None], y)) - loss).abs() > near
+    def touched(rows):
+        return (p.values(mixed.where(rows[:, None], y)) - loss).abs() > near
     for _ in range(4):
         half = (torch.randperm(n, generator=draw) < (n + 1)//2).to(y.device)
         for rows in (half, ~half):
             hit = (touched(rows) & ~rows).nonzero()
             if len(hit): return _problem(
-                f"the loss of sample {int(hit[0])} changes with the outputs of others", "leak")
+                f"the loss of sample {int(hit[0])} changes with the outputs of others",
+                "leak")
     return _ask_weights(p) or _ask_batch_size(p, loss, 1e3*tol)
 
 def _ask_weights(p):
@@ -363,16 +391,20 @@ def _ask_weights(p):
     else: return None
     off = (p.gradient(p.y, 2.**-8) - p.G)[p.good].abs().amax()
     if off > 1e-3*p.G[p.good].abs().amax(): return _note(
-        "the backward pass is not linear: a factor on the loss turns the gradient", "nonlinear")
-    return _problem("a sample's outputs have a part in the gradient of another's loss", "leak")
+        "the backward pass is not linear: a factor on the loss turns the gradient",
+        "nonlinear")
+    return _problem("a sample's outputs have a part in the gradient of another's loss",
+                    "leak")
 
 def _ask_batch_size(p, loss, tol):
-    fewer, ok = p.at(rows=len(loss) - 1), _ok("no loss changes with another sample's outputs", "ok")
+    fewer, ok = p.at(rows=len(loss) - 1), _ok(
+        "no loss changes with another sample's outputs", "ok")
     try: fewer = fewer.values(fewer.y)
     except Exception: return ok
     if p.found["repeatable"].value != "ok" or fewer.shape != loss[1:].shape: return ok
     if torch.allclose(fewer, loss[:-1], rtol=tol, atol=0, equal_nan=True): return ok
-    return _note("a sample's loss changes with the number of samples (divided by N?)", "batch size")
+    return _note("a sample's loss changes with the number of samples (divided by N?)",
+                 "batch size")
 
 # %% ../../nbs/core/07_check.ipynb #22e5b214
 def _ask_first(p):
@@ -380,21 +412,26 @@ def _ask_first(p):
     if p.found["independent samples"].value == "leak":
         f, exact = (lambda y: p.values(y).sum().view(1, 1)), exact.sum(1, keepdim=True)
     fit = compare(f, exact, p.y, p.V)
-    if fit.wrong and fit.flat > 0.9: return _note("the values are flat, the gradient is not: a "
+    if fit.wrong and fit.flat > 0.9: return _note(
+        "the values are flat, the gradient is not: a "
         "surrogate, an estimate from noise, or a mistake", "surrogate")
     return _agreement(p, fit, "values")
 
 def _agreement(p, fit, what):
-    if p.found["repeatable"].value == "random": return _unknown("noise cannot be fixed", "unknown")
-    if not fit.pairs: return _unknown("differences are not finite, or drown in rounding", "unknown")
+    if p.found["repeatable"].value == "random": return _unknown("noise cannot be fixed",
+                                                                "unknown")
+    if not fit.pairs: return _unknown(
+        "differences are not finite, or drown in rounding", "unknown")
     if fit.kink > 0.5: return _note(
-        f"not judged: {fit.kink:.0%} of directions at a kink (ties?); take another y", "kink")
+        f"not judged: {fit.kink:.0%} of directions at a kink (ties?); take another y",
+        "kink")
     tied = float((p.y.sort(1)[0].diff(dim=1) == 0).any(1).double().mean())
     kinks = f" of {fit.pairs} directions" + f", {fit.kink:.0%} at a kink"*(fit.kink > 0)
     if not fit.wrong: return _ok(f"right in all{kinks}", "right")
     text = (f"disagrees with differences of the {what} in {fit.wrong:.0%}{kinks}, "
             f"most in sample {fit.worst}")
-    if fit.wrong <= tied: return _note(f"{text}; but there are ties in y: take another", "kink")
+    if fit.wrong <= tied: return _note(f"{text}; but there are ties in y: take another",
+                                       "kink")
     return _problem(text, "wrong") if fit.wrong > 0.05 else _note(text, "mostly right")
 
 # %% ../../nbs/core/07_check.ipynb #0743737c
@@ -409,36 +446,44 @@ def _ask_second(p):
     if said and changes: return _note(f"refused: {said}", "refused")
     if said: return _note("zero almost everywhere, and autograd refuses it", "zero")
     p.HV, bad = HV, float((~HV[:, p.good].isfinite()).any(-1).double().mean())
-    if bad > 0: return _problem(f"NaN or infinite in {bad:.0%} of directions", "non-finite")
+    if bad > 0:
+        return _problem(f"NaN or infinite in {bad:.0%} of directions", "non-finite")
     if fit.zero == 1 and changes:
-        return _note("detached: the gradient changes, autograd's Hessian is zero", "detached")
+        return _note("detached: the gradient changes, autograd's Hessian is zero",
+                     "detached")
     if fit.zero == 1: return _note("zero almost everywhere (piecewise linear)", "zero")
-    if fit.wrong and fit.flat > 0.9: return _note("the gradient is flat, the Hessian is not: an "
+    if fit.wrong and fit.flat > 0.9:
+        return _note("the gradient is flat, the Hessian is not: an "
         "estimate from noise, or a mistake", "estimate")
     return _agreement(p, fit, "gradient")
 
 # %% ../../nbs/core/07_check.ipynb #68b108c7
 def _ask_single(p):
     n = p.narrow
-    pieces = [("value", n.values(n.y)[:, None], None), ("gradient", n.gradient(n.y), p.G)]
+    pieces = [("value", n.values(n.y)[:, None], None),
+              ("gradient", n.gradient(n.y), p.G)]
     if p.HV is not None: pieces.append(("Hessian", n.products(p.V.float()), p.HV))
     off = {}
     for name, x, exact in pieces:
         x = x[..., p.good, :].double()
         if not x.isfinite().all():
-            return _problem(f"the {name} is NaN or infinite in it", f"non-finite {name}")
+            return _problem(f"the {name} is NaN or infinite in it",
+                            f"non-finite {name}")
         if exact is None: continue
         size = torch.maximum(x.abs().amax(), exact[..., p.good, :].abs().amax())
-        off[name] = float((x - exact[..., p.good, :]).abs().amax()/size.clamp_min(1e-300))
+        off[name] = float(
+            (x - exact[..., p.good, :]).abs().amax()/size.clamp_min(1e-300))
     if p.y.dtype != torch.double or p.found["repeatable"].value != "ok":
         return _ok("finite in it", "finite")
-    text = " and ".join(f"{name} within {o:.0e}" for name, o in off.items()) + " of float64"
+    text = " and ".join(f"{name} within {o:.0e}"
+                        for name, o in off.items()) + " of float64"
     return (_ok if max(off.values()) < 1e-2 else _note)(text, max(off.values()))
 
 # %% ../../nbs/core/07_check.ipynb #f2519429
 def _ask_eigenvalues(p):
     leak = p.found["independent samples"].value == "leak"
-    if leak or p.found["second derivative"].value not in ("right", "mostly right", "estimate"):
+    if leak or p.found["second derivative"].value not in ("right", "mostly right",
+                                                          "estimate"):
         return _unknown("")
     m, fine = p.y.shape[1], _fine(p.y, 1e-9, 1e-5)
     if m > p.passes:
@@ -458,12 +503,15 @@ def _ask_eigenvalues(p):
 # %% ../../nbs/core/07_check.ipynb #81ae59be
 def _ask_size(p):
     rows = _norm(p.G[p.good])
-    rms, none = float(p.G[p.good].square().mean().sqrt()), float((rows == 0).double().mean())
-    if rms == 0: return _problem("zero in every sample: nothing to learn from this batch", 0.)
+    rms, none = float(p.G[p.good].square().mean().sqrt()), float(
+        (rows == 0).double().mean())
+    if rms == 0:
+        return _problem("zero in every sample: nothing to learn from this batch", 0.)
     if none >= 0.5: return _note(f"rms {rms:.3g}; zero in {none:.0%} of samples", rms)
     tail = float(rows.amax()/rows.median())
     text = f"rms {rms:.3g}; longest row {tail:.1f} times the median"
-    return _note(f"{text}; a few samples rule the Fisher", rms) if tail > 10 else _ok(text, rms)
+    return _note(f"{text}; a few samples rule the Fisher",
+                 rms) if tail > 10 else _ok(text, rms)
 
 # %% ../../nbs/core/07_check.ipynb #6c53f157
 def _ask_direction(p):
@@ -480,27 +528,33 @@ def _ask_direction(p):
 # %% ../../nbs/core/07_check.ipynb #317c9d84
 QUESTIONS = { # What `check_loss` asks, in order
     "one value per sample": _ask_shape, "leaves y alone": _ask_untouched,
-    "repeatable": _ask_repeatable, "float64": _ask_double, "differentiable": _ask_gradient,
-    "finite": _ask_finite, "independent samples": _ask_independent, "first derivative": _ask_first,
-    "second derivative": _ask_second, "float32": _ask_single, "eigenvalues": _ask_eigenvalues,
+    "repeatable": _ask_repeatable, "float64": _ask_double,
+    "differentiable": _ask_gradient,
+    "finite": _ask_finite, "independent samples": _ask_independent,
+    "first derivative": _ask_first,
+    "second derivative": _ask_second, "float32": _ask_single,
+    "eigenvalues": _ask_eigenvalues,
     "gradient size": _ask_size, "Newton direction": _ask_direction}
 
 _NO_HESSIAN = "Do not use curvature='hessian': its Hessian is "
 _ADVICE = { # What to do about some answers
     "random": "Give the loss a torch.Generator, or the noise itself.",
     "non-finite": "NewtonLoss(..., on_nonfinite='skip') leaves such samples out.",
-    "leak": "Average outside the loss, or let a sample be the group that belongs together.",
+    "leak": "Average outside the loss, or let a sample be the group that belongs "
+            "together.",
     "first derivative wrong": "Mend the gradient first; no choice of curvature helps.",
     "surrogate": "If that is by design, the Fisher can use it.",
     "second derivative wrong": _NO_HESSIAN + "wrong.",
     "detached": _NO_HESSIAN + "zero where it should not be.",
     "refused": "Only the Fisher works.",
     "zero": "Only the Fisher makes sense: there is no second derivative to use.",
-    "estimate": "If it is from noise, try the Hessian with eigenvalues='abs' and many samples.",
+    "estimate": "If it is from noise, try the Hessian with eigenvalues='abs' and many "
+                "samples.",
     "non-finite value": "Compute the loss in float64.",
     "non-finite gradient": "Compute the loss in float64.",
     "non-finite Hessian": "Use the Fisher, or compute the loss in float64.",
-    "indefinite": "It is indefinite: eigenvalues='abs', or λ above the most negative one."}
+    "indefinite": "It is indefinite: eigenvalues='abs', or λ above the most negative "
+                  "one."}
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 def _settings(report, p):
@@ -512,7 +566,8 @@ def _settings(report, p):
     trusted = trusted and found["first derivative"] not in ("wrong", "surrogate")
     single = report["float32"].verdict == "ok" or found["float32"] == "no"
     if trusted and single and found["eigenvalues"]:
-        if p.e is None: report.advice.append("The Hessian is right, but takes a pass for each of "
+        if p.e is None:
+            report.advice.append("The Hessian is right, but takes a pass for each of "
             f"{m} outputs; NewtonLoss(loss_fn, Krylov()) needs fewer.")
         elif p.e.any():
             negative = found["eigenvalues"] == "indefinite"
@@ -528,7 +583,7 @@ def check_loss(
     *args,                  # Further arguments of the loss
     directions:int=4,       # Random directions for each sample
     passes:int=128,         # Most outputs for which the mean Hessian is formed
-    budget:int=2**24,       # Most numbers in memory; beyond, the first samples are judged
+    budget:int=2**24,  # Most numbers in memory; beyond, the first samples are judged
     seed:int=0,             # Of the directions, and of the noise inside the loss
 ) -> LossReport:            # Findings, and settings to start with
     "Judge a per-sample loss before training with it"
@@ -538,18 +593,21 @@ def check_loss(
     if y.ndim != 2 or not len(y):
         raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}")
     if not y.isfinite().all(): raise ValueError("y: expected finite outputs")
-    if directions < 2: raise ValueError(f"directions: expected at least 2, got {directions}")
+    if directions < 2:
+        raise ValueError(f"directions: expected at least 2, got {directions}")
     (n, m), kind = y.shape, str(y.dtype)[6:]
     size = max(4*directions*m, m*m if hasattr(loss_fn, "derivatives") else 0)
     rows = min(n, max(2, budget//size))
     name = getattr(loss_fn, "__name__", None) or str(loss_fn)
     if len(name) > 60 or "\n" in name: name = type(loss_fn).__name__.lstrip("_")
-    about = f"{name} at {n} x {m} outputs, {kind}" + f", the first {rows} judged"*(rows < n)
+    about = f"{name} at {n} x {m} outputs, {kind}" + f", the first {rows} judged"*(
+        rows < n)
     report = LossReport(loss_fn, about, {q: _unknown("") for q in QUESTIONS})
     with torch.inference_mode(False), full_precision(y):
         y = y.float() if kind in ("float16", "bfloat16") else y
         p = Probe(loss_fn, y, args, seed).at(rows=rows)
-        p.found, p.narrow, p.V, p.passes = report.findings, p.at(torch.float), None, passes
+        p.found, p.narrow, p.V, p.passes = report.findings, p.at(
+            torch.float), None, passes
         _judge(report, p, directions)
     return report
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def target_loss(
     y:Float[Tensor, "*batch m"],      # Network outputs
     z_star:Float[Tensor, "*batch m"], # Where they should go; treated as a constant
-) -> Float[Tensor, ""]:               # Mean over the samples of half the squared distance
+) -> Float[Tensor, ""]:  # Mean over the samples of half the squared distance
     "Half the squared distance ½‖z⋆ − y‖² of outputs to their targets (paper, Eq. 2b)"
     if y.shape != z_star.shape: raise ValueError(
         f"z_star: expected the shape of y, {tuple(y.shape)}, got {tuple(z_star.shape)}")
@@ -24,7 +24,7 @@ def target_loss(
 
 # %% ../../nbs/core/00_splitting.ipynb #b50fccf0
 def gradient_target(
-    loss_fn:Callable,         # Per-sample loss: `loss_fn(y, *args)` has one value per sample
+    loss_fn:Callable,  # Per-sample loss: `loss_fn(y, *args)` has one value per sample
     y:Float[Tensor, "N m"],   # Network outputs
     *args,                    # Whatever else the loss needs, such as labels
     lr:float=1.,              # Step size η_z in output space
@@ -34,7 +34,8 @@ def gradient_target(
     with torch.enable_grad():
         loss = loss_fn(y, *args)
         if loss.shape != y.shape[:1]: raise ValueError(
-            f"loss_fn: expected one loss per sample, shape ({len(y)},), got {tuple(loss.shape)}")
+            f"loss_fn: expected one loss per sample, shape ({len(y)},), got "
+            f"{tuple(loss.shape)}")
         G, = torch.autograd.grad(loss.sum(), y)
     return (y - lr*G).detach()
 
@@ -44,7 +45,7 @@ def split_step(
     opt:torch.optim.Optimizer,          # Optimiser φ₂ over its parameters
     x:Tensor,                           # Inputs
     target_fn:Callable[[Tensor], Tensor], # Outputs to targets: the step φ₁
-    n_inner:int=1,                      # Optimiser steps per target; the paper takes one
+    n_inner:int=1,  # Optimiser steps per target; the paper takes one
 ) -> Float[Tensor, ""]:                 # Distance to the target before the last step
     "One two-stage training step: move the outputs, then pull the network after them"
     if n_inner < 1: raise ValueError(f"n_inner: expected at least 1, got {n_inner}")

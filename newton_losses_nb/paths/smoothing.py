@@ -93,7 +93,8 @@ def _number(name, x, least=0.):
     known = tensor or isinstance(x, Real) and not isinstance(x, bool)
     value = float(x) if known else float("nan")
     if not least < value < float("inf"):
-        raise ValueError(f"{name}: expected a {'positive ' if least == 0 else ''}number, got {x!r}")
+        raise ValueError(f"{name}: expected a "
+                         f"{'positive ' if least == 0 else ''}number, got {x!r}")
     return value
 
 def _floor(x): return None if x is None else _number("floor", x, -float("inf"))
@@ -109,14 +110,18 @@ _BASELINES = "leave_one_out", "value", "none"
 def _check_noise(o):
     for name, known in (("baseline", _BASELINES), ("distribution", DISTRIBUTIONS)):
         if (value := getattr(o, name)) not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got "
+                             f"{value!r}")
     if o.antithetic and o.distribution != "gaussian": raise ValueError(
-        f"antithetic: expected False with {o.distribution} noise, which is not symmetric")
+        f"antithetic: expected False with {o.distribution} noise, which is not "
+        f"symmetric")
     if o.fixed is None: return
     known = isinstance(o.fixed, Tensor) and o.fixed.is_floating_point()
     if not known or o.fixed.ndim not in (2, 3):
-        got = tuple(o.fixed.shape) if isinstance(o.fixed, Tensor) else type(o.fixed).__name__
-        raise ValueError(f"fixed: expected a floating-point tensor (N, S, m) or (S, m), got {got}")
+        got = tuple(o.fixed.shape) if isinstance(o.fixed,
+                                                 Tensor) else type(o.fixed).__name__
+        raise ValueError(f"fixed: expected a floating-point tensor (N, S, m) or (S, "
+                         f"m), got {got}")
     S = o.fixed.shape[-2]
     if o.samples not in (Noise.samples, S): raise ValueError(
         f"samples: expected {S}, as many as fixed has, or none given, got {o.samples}")
@@ -149,13 +154,15 @@ def draw_noise(
 def _check_rows_of(y):
     if isinstance(y, Tensor) and y.is_floating_point() and y.ndim >= 2: return
     got = (tuple(y.shape), y.dtype) if isinstance(y, Tensor) else type(y).__name__
-    raise ValueError(f"y: expected a floating-point tensor of shape (N, ...), got {got}")
+    raise ValueError(
+        f"y: expected a floating-point tensor of shape (N, ...), got {got}")
 
 def _fixed_for(y, m, fixed):
     if fixed.shape[-1] == m and (fixed.ndim == 2 or len(fixed) == len(y)):
         return fixed.to(y).expand(len(y), *fixed.shape[-2:])
     raise ValueError(
-        f"fixed: expected shape ({len(y)}, S, {m}) or (S, {m}), got {tuple(fixed.shape)} "
+        f"fixed: expected shape ({len(y)}, S, {m}) or (S, {m}), got "
+        f"{tuple(fixed.shape)} "
         f"(where a batch is cut, by chunk_size, it must be (S, {m}))")
 
 # %% ../../nbs/paths/02_smoothing.ipynb #63e06433
@@ -230,20 +237,24 @@ def _run(name, algorithm, points, args):
         raise
     _check_tensor(name, f)
     if f.shape[:1] != (n,): raise ValueError(
-        f"{name}: expected a tensor with one row for each of the {n} rows it was given, "
+        f"{name}: expected a tensor with one row for each of the {n} rows it was "
+        f"given, "
         f"got shape {tuple(f.shape)} ({called})")
     return f
 
 def _check_tensor(name, f):
     if not isinstance(f, Tensor): raise TypeError(
-        f"{name}: expected a torch tensor, got {type(f).__module__}.{type(f).__name__}: "
+        f"{name}: expected a torch tensor, got "
+        f"{type(f).__module__}.{type(f).__name__}: "
         "return torch.as_tensor(...)")
 
 def _check_losses(name, loss, y):
     "Return the losses, if there is one for each row"
     _check_tensor(name, loss)
-    if loss.shape != y.shape[:1]: raise ValueError(f"{name}: expected one loss per sample, "
-        f"shape ({len(y)},), got {tuple(loss.shape)}; do not reduce it (reduction='none')")
+    if loss.shape != y.shape[:1]:
+        raise ValueError(f"{name}: expected one loss per sample, "
+        f"shape ({len(y)},), got {tuple(loss.shape)}; do not reduce it "
+        f"(reduction='none')")
     return loss
 
 # %% ../../nbs/paths/02_smoothing.ipynb #a752947a
@@ -264,13 +275,15 @@ def _bend(y, g, noise, sigma, baseline, antithetic, kind):
     q = _ratio_minus_1(y, noise, sigma, kind)
     delta = (y - y.detach())[:, None]
     slope = (g*delta).sum(-1)
-    return (g*q[..., None] + (slope*(q + 1))[..., None]*kind.score(noise - delta/sigma)/sigma).mean(1)/2
+    return (g*q[..., None] + (slope*(q + 1))[..., None]*kind.score(
+        noise - delta/sigma)/sigma).mean(1)/2
 
 class _Expansion(torch.autograd.Function):
     "A value with an estimated gradient, and an estimated Hessian where it is asked for"
     generate_vmap_rule = True
     @staticmethod
-    def forward(y, loss, G, g, noise, sigma, baseline, antithetic, kind): return loss.clone()
+    def forward(y, loss, G, g, noise, sigma, baseline, antithetic, kind):
+        return loss.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -286,7 +299,8 @@ class _Expansion(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, y, *_):
-        return ((ctx.saved_tensors[1] + _bend(ctx.saved_tensors[0], *ctx.saved_tensors[2:], *ctx.settings))*y).sum(1)
+        return ((ctx.saved_tensors[1] + _bend(
+            ctx.saved_tensors[0], *ctx.saved_tensors[2:], *ctx.settings))*y).sum(1)
 
 # %% ../../nbs/paths/02_smoothing.ipynb #39447ec8
 def fenchel_young_loss(
@@ -341,7 +355,8 @@ def _weighted_hessian(
     "Score-function estimate of a Hessian"
     s, S = kind.score(noise), noise.shape[1]
     outer = torch.einsum("nsi,nsj->nij", weight[..., None]*s, s)
-    return (outer + torch.diag_embed((weight[..., None]*kind.curvature(noise)).sum(1)))/(S*sigma**2)
+    return (outer + torch.diag_embed(
+        (weight[..., None]*kind.curvature(noise)).sum(1)))/(S*sigma**2)
 
 # %% ../../nbs/paths/02_smoothing.ipynb #ef52763e
 class _NoisyLoss:
@@ -397,7 +412,7 @@ class SmoothedAlgorithmLoss(_NoisyLoss):
     "A differentiable loss of a smoothed algorithm, with its own gradient and Hessian"
     def __init__(self,
         algorithm:Callable,        # Maps `(batch, m)` to `(batch, k)`, without gradient
-        loss_fn:Callable,          # Differentiable; mean results `(N, k)` and more to `(N,)`
+        loss_fn:Callable,  # Differentiable; mean results `(N, k)` and more to `(N,)`
         noise:Noise=Noise(),       # What noise is added
         gauss_newton:bool=False,   # Leave out the algorithm's own second derivatives?
     ):
@@ -485,7 +500,9 @@ class _Blackbox(torch.autograd.Function):
     def backward(ctx, g):
         y, w = ctx.saved_tensors
         moved = y + ctx.lam*g
-        return -(w - ctx.solver(moved if ctx.floor is None else moved.clamp(min=ctx.floor)))/ctx.lam, None, None, None
+        return -(w - ctx.solver(moved if ctx.floor is None
+                                else moved.clamp(
+                                    min=ctx.floor)))/ctx.lam, None, None, None
 
 def blackbox(
     solver:Callable,          # Maps costs `(batch, ...)` to the best solutions `(batch, ...)`, smallest ⟨w, y⟩
@@ -524,7 +541,9 @@ class BlackboxLoss:
         hessian:bool=True,       # Hessians too?
     ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)` and gradients `(N, m)`; there is no Hessian"
-        if hessian: raise ValueError("loss_fn: blackbox differentiation has no second derivative; use curvature='fisher'")
+        if hessian:
+            raise ValueError("loss_fn: blackbox differentiation has no second "
+                             "derivative; use curvature='fisher'")
         y = y.detach().requires_grad_()
         w = blackbox(self.solver, y, self.lam, self.floor)
         loss, dL, _ = _outer_derivatives(self.loss_fn, w.detach(), args, False)

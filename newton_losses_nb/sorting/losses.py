@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ..core.derivatives import NonFiniteError
 from newton_losses_nb.sorting.relaxations import (
-    centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss, soft_sort,
+    centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss,
+    soft_sort,
     true_permutation)
 from .networks import SIGMOIDS, comparators, network_derivatives, sorting_network
 
 # %% ../../nbs/sorting/02_losses.ipynb #52625f3a
-_all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort", "sorting_network", "true_permutation"]
+_all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort",
+         "sorting_network", "true_permutation"]
 
 # %% ../../nbs/sorting/02_losses.ipynb #e421e6b3
 class SortingLoss(nn.Module):
@@ -29,7 +31,7 @@ class SortingLoss(nn.Module):
     def __init__(
         self,
         relaxation:str="neural_sort", # "neural_sort", "soft_sort", or a relaxation of `sorting_network`
-        kind:str="cross_entropy",     # Loss on the permutation matrix, see `ranking_loss`
+        kind:str="cross_entropy",  # Loss on the permutation matrix, see `ranking_loss`
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
         network:str="odd_even",       # Comparisons of a sorting network
@@ -37,13 +39,16 @@ class SortingLoss(nn.Module):
     ):
         super().__init__()
         choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **SIGMOIDS}
-        if relaxation not in choices: raise ValueError(f"relaxation: expected one of {', '.join(choices)}, got {relaxation!r}")
+        if relaxation not in choices:
+            raise ValueError(f"relaxation: expected one of {', '.join(choices)}, got "
+                             f"{relaxation!r}")
         check_positive("tau", tau); check_positive("steepness", steepness)
         self.relaxation, self.kind, self.tau, self.steepness, self.network = relaxation, kind, tau, steepness, network
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
         comparators(2, network)
-        if self.log and type(self).forward is SortingLoss.forward: self.derivatives = self._derivatives
+        if self.log and type(self).forward is SortingLoss.forward:
+            self.derivatives = self._derivatives
         self.fuse = fuse
 
     def permutation(
@@ -96,7 +101,8 @@ def _bce_rows(
     missed = (1 - T - f).sum(1, keepdim=True)
     a, wQ = f/R, near*(missed/S)
     b, h = a/R, e*(n/Z - a.sum(1, keepdim=True) + a) - wQ
-    loss = (n*Z.log() - missed*others).sum((0, 1)) - (T*(L - best) + f*R.log()).sum((0, 1))
+    loss = (n*Z.log() - missed
+            *others).sum((0, 1)) - (T*(L - best) + f*R.log()).sum((0, 1))
     def weigh(X):
         E, bE, Q = X.split(n)
         return torch.cat([(b.sum(1, keepdim=True) - n/Z**2)*E - bE, -E, Q*missed])
@@ -106,8 +112,10 @@ def _bce_rows(
 def _contract(A, B):
     "Σ_l A[i, l] B[l, j] for each sample: by hand where it is small or will be fused, else as a matrix product"
     few = len(A)*B.shape[0]*B.shape[1] <= 1000
-    if few or torch.compiler.is_compiling(): return (A.transpose(0, 1).unsqueeze(2)*B.unsqueeze(1)).sum(0)
-    return (A.permute(2, 0, 1).contiguous() @ B.permute(2, 0, 1).contiguous()).permute(1, 2, 0)
+    if few or torch.compiler.is_compiling():
+        return (A.transpose(0, 1).unsqueeze(2)*B.unsqueeze(1)).sum(0)
+    return (A.permute(2, 0, 1).contiguous() @ B.permute(2, 0, 1).contiguous()).permute(
+        1, 2, 0)
 
 def _neural_derivatives(z, T, rows, hessian):
     "Loss, gradient and Hessian in the scaled scores, the samples last"
@@ -117,7 +125,8 @@ def _neural_derivatives(z, T, rows, hessian):
     loss, g, d, U, weigh = rows(c*z - D.abs().sum(1), T)
     M = -D.sign()
     M.diagonal().sub_(M.sum(1).T)
-    if not hessian: return loss, (c*g).sum(0) - _contract(g.sum(0, keepdim=True), M)[0], None
+    if not hessian:
+        return loss, (c*g).sum(0) - _contract(g.sum(0, keepdim=True), M)[0], None
     UM, cd = _contract(torch.cat([U, g.sum(0, keepdim=True)]), M), c*d
     X, K = (U.unflatten(0, (-1, n))*c).flatten(0, 1) - UM[:-1], cd.sum(0).unsqueeze(1)*M
     weighed = torch.cat([weigh(X), d.sum(0).unsqueeze(1)*M])
@@ -157,12 +166,16 @@ def _derivatives(
     "Losses, gradients, and Hessians if wanted"
     check_ranking((*s.shape, *s.shape[-1:]), P_true, self.kind, s.device)
     if self.relaxation not in _SOFTMAX:
-        return network_derivatives(s, P_true, self.kind, self.network, self.relaxation, self.steepness, hessian)
+        return network_derivatives(s, P_true, self.kind, self.network, self.relaxation,
+                                   self.steepness, hessian)
     z = centred(s, 1/self.tau)
     n, T = z.shape[-1], P_true.to(z.dtype)
-    if n == 1: return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(*z.shape, 1) if hessian else None
+    if n == 1:
+        return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(
+            *z.shape, 1) if hessian else None
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
-    loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(), _ROWS[self.kind], hessian)
+    loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(),
+                      _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
     H = H.permute(2, 0, 1)/(entries*self.tau**2) if hessian else None
     return loss/entries, G.mT/(entries*self.tau), H
@@ -190,13 +203,18 @@ def element_match(
 # %% ../../nbs/sorting/02_losses.ipynb #59df15de
 def _same_place(scores, labels):
     if scores.shape != labels.shape:
-        raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
+        raise ValueError(f"labels: expected the shape of scores, "
+                         f"{tuple(scores.shape)}, got {tuple(labels.shape)}")
     for name, x in (("scores", scores), ("labels", labels)):
-        if x.isnan().any(): raise NonFiniteError(f"{name}: expected numbers, got {int(x.isnan().sum())} NaN")
+        if x.isnan().any():
+            raise NonFiniteError(f"{name}: expected numbers, got "
+                                 f"{int(x.isnan().sum())} NaN")
     order = scores.argsort(dim=-1, stable=True)
-    return (order == labels.argsort(dim=-1, stable=True)) & ~_undecided(scores, labels).gather(-1, order)
+    return (order == labels.argsort(dim=-1, stable=True)) & ~_undecided(
+        scores, labels).gather(-1, order)
 
 def _undecided(scores, labels):
     "Elements with the score of another one whose label differs"
-    equal, differ = (f(x.unsqueeze(-1), x.unsqueeze(-2)) for f, x in ((torch.eq, scores), (torch.ne, labels)))
+    equal, differ = (f(x.unsqueeze(-1), x.unsqueeze(-2))
+                     for f, x in ((torch.eq, scores), (torch.ne, labels)))
     return (equal & differ).any(-1)

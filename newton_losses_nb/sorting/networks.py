@@ -43,7 +43,8 @@ def _log_gaussian(v):
 # %% ../../nbs/sorting/01_networks.ipynb #5b80e3d4
 SIGMOIDS = {"logistic": (torch.sigmoid, F.logsigmoid),
             "logistic_art": (torch.sigmoid, F.logsigmoid),
-            "gaussian": (_gaussian, _log_gaussian), "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
+            "gaussian": (_gaussian, _log_gaussian),
+            "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
             "reciprocal": (_reciprocal, lambda v: _reciprocal(v).log()),
             "optimal": (_optimal, lambda v: _optimal(v).log())}
 
@@ -52,7 +53,8 @@ def _logistic(v):
     z = torch.where(v < 0, v, -v).exp()
     return torch.where(v < 0, z, torch.ones_like(z))/(1 + z)
 
-_SMOOTH = SIGMOIDS | dict.fromkeys(("logistic", "logistic_art"), (_logistic, log_sigmoid))
+_SMOOTH = SIGMOIDS | dict.fromkeys(("logistic", "logistic_art"),
+                                   (_logistic, log_sigmoid))
 
 # %% ../../nbs/sorting/01_networks.ipynb #167b6b35
 def comparators(
@@ -60,15 +62,19 @@ def comparators(
     network:str="odd_even",    # "odd_even" or "bitonic"
 ) -> list[list[tuple[int, int]]]: # Layers of pairs (wire of the minimum, wire of the maximum)
     "The comparisons of a sorting network, layer by layer"
-    if network == "odd_even": return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
-    if network != "bitonic": raise ValueError(f"network: expected odd_even or bitonic, got {network!r}")
+    if network == "odd_even":
+        return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
+    if network != "bitonic":
+        raise ValueError(f"network: expected odd_even or bitonic, got {network!r}")
     blocks = max(n - 1, 0).bit_length()
     drop, layers = 2**blocks - n, []
     for block in range(blocks):
         for jump in (2**k for k in range(block, -1, -1)):
-            pairs = [(a, a + jump) for a in range(2**blocks) if a // jump % 2 == 0 and a >= drop]
+            pairs = [(a, a + jump) for a in range(2**blocks) if a // jump % 2 == 0
+                     and a >= drop]
             descending = lambda a: a >> (block + 1) & 1
-            layers.append([(b - drop, a - drop) if descending(a) else (a - drop, b - drop) for a, b in pairs])
+            layers.append([(b - drop, a - drop) if descending(a)
+                           else (a - drop, b - drop) for a, b in pairs])
     return layers or [[]]
 
 # %% ../../nbs/sorting/01_networks.ipynb #04cc5716
@@ -82,8 +88,10 @@ def _partners(n, network):
 
 def _wiring(n, network, device, dtype):
     "Partner and sign of every wire, layer by layer"
-    partner, sign = (_partners.__wrapped__ if torch.compiler.is_compiling() else _partners)(n, network)
-    return torch.tensor(partner, device=device, dtype=torch.long), torch.tensor(sign, device=device, dtype=dtype)
+    partner, sign = (_partners.__wrapped__ if torch.compiler.is_compiling()
+                     else _partners)(n, network)
+    return torch.tensor(partner, device=device, dtype=torch.long), torch.tensor(
+        sign, device=device, dtype=dtype)
 
 # %% ../../nbs/sorting/01_networks.ipynb #fb682e21
 def _plain_network(x, network, relaxation, steepness, log):
@@ -113,10 +121,13 @@ def _groups(layer):
     "Comparators of a layer as groups (first wire, blocks, jump, width)"
     runs, groups = [], []
     for a, b in sorted(map(sorted, layer)):
-        if runs and runs[-1][0] + runs[-1][2] == a and runs[-1][2] < b - a: runs[-1][2] += 1
+        if runs and runs[-1][0] + runs[-1][2] == a and runs[-1][2] < b - a:
+            runs[-1][2] += 1
         else: runs.append([a, b - a, 1])
     for a, jump, width in runs:
-        if groups and groups[-1][3] == width and groups[-1][0] + 2*jump*groups[-1][1] == a: groups[-1][1] += 1
+        if groups and groups[-1][3] == width and groups[-1][0] + 2*jump*groups[-1][
+            1] == a:
+            groups[-1][1] += 1
         else: groups.append([a, 1, jump, width])
     return [tuple(group) for group in groups]
 
@@ -126,20 +137,26 @@ def _plan(n, network, device, dtype):
     "Groups of comparators in the order of the layers, and the sign of every comparator"
     layers = comparators(n, network)
     sign = [1. if a < b else -1. for layer in layers for a, b in sorted(layer, key=min)]
-    with torch.inference_mode(False): sign = torch.tensor(sign, dtype=dtype, device=device).unsqueeze(-1)
+    with torch.inference_mode(False):
+        sign = torch.tensor(sign, dtype=dtype, device=device).unsqueeze(-1)
     return [group for layer in layers for group in _groups(layer)], sign
 
 def _pair(Z, group):
     "Both rows of each comparator, (blocks, width, 2, ...), as a view of a state with the wires first"
     (first, blocks, jump, width), (row, *rest) = group, Z.stride()
-    return Z.as_strided((blocks, width, 2, *Z.shape[1:]), (2*jump*row, row, jump*row, *rest), Z.storage_offset() + first*row)
+    return Z.as_strided((blocks, width, 2, *Z.shape[1:]),
+                        (2*jump*row, row, jump*row, *rest),
+                        Z.storage_offset() + first*row)
 
-def _pairs(Z, groups): return {group: (both := _pair(Z, group), *both.unbind(2)) for group in set(groups)}
+def _pairs(Z, groups):
+    return {group: (both := _pair(Z, group), *both.unbind(2)) for group in set(groups)}
 
 def _pieces(groups, *stacks):
     "The parts of arrays with one row for each comparator, group by group"
     sizes = [blocks*width for _, blocks, _, width in groups]
-    return list(zip(groups, *([o.view(g[1], g[3], *o.shape[1:]) for o, g in zip(S.split(sizes), groups)] for S in stacks)))
+    return list(zip(groups,
+                    *([o.view(g[1], g[3], *o.shape[1:])
+                       for o, g in zip(S.split(sizes), groups)] for S in stacks)))
 
 # %% ../../nbs/sorting/01_networks.ipynb #acfcbce8
 def _forward(x, network, relaxation, steepness):
@@ -168,15 +185,18 @@ _DENSITIES = {"logistic": _logistic_density, "cauchy": _cauchy_density}
 
 def _slopes(c, relaxation, steepness, order=2):
     "First and second derivatives of α, log α and log (1 − α) in the difference of two scores"
-    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, order)
+    if relaxation not in _DENSITIES:
+        return _autograd_slopes(c, relaxation, steepness, order)
     v, alpha = _steep(c, relaxation, steepness), SIGMOIDS[relaxation][0]
     first, second = _DENSITIES[relaxation](v)
     a, b = alpha(v), alpha(-v)
     up, down = (b, -a) if relaxation == "logistic" else (first/a, -first/b)
     one = first, up, down
-    two = (second, -first, -first) if relaxation == "logistic" else (second, second/a - up*up, -second/b - down*down)
+    two = (second, -first, -first) if relaxation == "logistic" else (
+        second, second/a - up*up, -second/b - down*down)
     held = (steepness*c).abs() > 1e10
-    return [(steepness**k*o).masked_fill(held, 0.) for k, os in ((1, one), (2, two))[:order] for o in os]
+    return [(steepness**k*o).masked_fill(held, 0.)
+            for k, os in ((1, one), (2, two))[:order] for o in os]
 
 # %% ../../nbs/sorting/01_networks.ipynb #a3cf5c93
 def _autograd_slopes(c, relaxation, steepness, order):
@@ -186,13 +206,16 @@ def _autograd_slopes(c, relaxation, steepness, order):
         v = _steep(c, relaxation, steepness)
         slope = lambda o: torch.autograd.grad(o.sum(), c, create_graph=True)[0]
         one = [slope(o) for o in (alpha(v), log_alpha(v), log_alpha(-v))]
-        return [o.detach() for o in (one + [slope(o) for o in one] if order == 2 else one)]
+        return [o.detach()
+                for o in (one + [slope(o) for o in one] if order == 2 else one)]
 
 def _first_slope(c, relaxation, steepness):
     "Derivative of α alone"
-    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, 1)[0]
+    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness,
+                                                             1)[0]
     v = steepness*c
-    return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(v.abs() > 1e10, 0.)
+    return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(
+        v.abs() > 1e10, 0.)
 
 # %% ../../nbs/sorting/01_networks.ipynb #d5a88e42
 def _backward(g, D, network, relaxation, steepness):
@@ -242,7 +265,8 @@ def _log_forward(x, network, relaxation, steepness):
     for group, d, p, q in _pieces(groups, delta, stay, swap):
         both, low, high = pairs[group]
         torch.sub(low, high, out=d)
-        (low_p, high_p), (low_q, high_q) = (both + p.unsqueeze(2)).unbind(2), (both + q.unsqueeze(2)).unbind(2)
+        (low_p, high_p), (low_q, high_q) = (both + p.unsqueeze(2)).unbind(2), (
+            both + q.unsqueeze(2)).unbind(2)
         torch.logaddexp(low_p, high_q, out=low)
         torch.logaddexp(low_q, high_p, out=high)
     return L, (C, stay - swap, delta)
@@ -274,7 +298,8 @@ def _scores_back(n, groups, keep, push):
     return Y, D
 
 # %% ../../nbs/sorting/01_networks.ipynb #a83821aa
-def _shares(C, r, delta): return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
+def _shares(C, r, delta):
+    return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
 
 def _log_backward(G, kept, network, relaxation, steepness):
     "Gradient in the scores from a gradient in log P with the wires first, which is overwritten"
@@ -294,7 +319,8 @@ def _in_transform(x):
             or torch._C._functorch.is_legacy_batchedtensor(x)
             or torch.autograd.forward_ad._current_level >= 0)
 
-def _wires_first(g): return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+def _wires_first(g):
+    return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 class _Network(torch.autograd.Function):
     @staticmethod
@@ -302,18 +328,24 @@ class _Network(torch.autograd.Function):
         *settings, log = ctx.settings = settings
         P, kept = (_log_forward if log else _forward)(x, *settings)
         ctx.save_for_backward(x, *kept)
-        return P.transpose(0, 1).clone(memory_format=torch.contiguous_format) if log else P
+        return P.transpose(0,
+                           1).clone(memory_format=torch.contiguous_format) if log else P
 
     @staticmethod
     def backward(ctx, g):
-        (x, *kept), (*settings, log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
+        (x, *kept), (*settings,
+                     log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
         fast = grad = None
         if not _in_transform(g):
-            with torch.no_grad(): fast = _log_backward(_wires_first(g), kept, *settings) if log else _backward(g, *kept, *settings)
+            with torch.no_grad():
+                fast = _log_backward(_wires_first(g), kept,
+                                     *settings) if log else _backward(g, *kept,
+                                                                      *settings)
         if again or fast is None:
             with torch.enable_grad(): P = _plain_network(x, *settings, log)
             grad, = torch.autograd.grad(P, x, g, create_graph=again)
-        grad = fast if grad is None else grad if fast is None else grad + (fast - grad).detach()
+        grad = fast if grad is None else grad if fast is None else grad + (
+            fast - grad).detach()
         return grad, None, None, None, None
 
 # %% ../../nbs/sorting/01_networks.ipynb #af07dde0
@@ -333,14 +365,17 @@ def sorting_network(
     return P.to(s.dtype)
 
 def _check_settings(relaxation, steepness):
-    if relaxation not in SIGMOIDS: raise ValueError(f"relaxation: expected one of {', '.join(SIGMOIDS)}, got {relaxation!r}")
+    if relaxation not in SIGMOIDS:
+        raise ValueError(f"relaxation: expected one of {', '.join(SIGMOIDS)}, got "
+                         f"{relaxation!r}")
     check_positive("steepness", steepness)
 
 # %% ../../nbs/sorting/01_networks.ipynb #1d6ac9fb
 def _score_tangents(n, groups, sign, kappa):
     "Derivative of the difference at every comparator in each score but the last, (comparators, n - 1, N)"
     N, D = kappa.shape[-1], n - 1
-    X = torch.eye(n, D, dtype=kappa.dtype, device=kappa.device).unsqueeze(-1).repeat(1, 1, N)
+    X = torch.eye(n, D, dtype=kappa.dtype,
+                  device=kappa.device).unsqueeze(-1).repeat(1, 1, N)
     dC, pairs = kappa.new_empty(len(sign), D, N), _pairs(X, groups)
     for group, c, k in _pieces(groups, dC, kappa.unsqueeze(1)):
         _, low, high = pairs[group]
@@ -354,7 +389,8 @@ def _score_tangents(n, groups, sign, kappa):
 def _weight_tangents(n, groups, W, dp, dq):
     "Derivatives of log P, (n, n - 1, N, n), and of the arguments E of the shares"
     L, E = dp.new_zeros(n, *dp.shape[1:], n), dp.new_empty(len(dp), 2, *dp.shape[1:], n)
-    swapped, dr = torch.stack([dq, dp], 1).unsqueeze(-1), torch.stack([dp - dq, dq - dp], 1).unsqueeze(-1)
+    swapped, dr = torch.stack([dq, dp], 1).unsqueeze(-1), torch.stack(
+        [dp - dq, dq - dp], 1).unsqueeze(-1)
     pairs = _pairs(L, groups)
     for group, e, w, r, add in _pieces(groups, E, W.unsqueeze(2), dr, swapped):
         both, low, high = pairs[group]
@@ -372,13 +408,14 @@ def _loss_tangents(L, T, kind, dL):
     P, Q = rest.exp(), rest.softmax(-1)
     missed = ((1 - T)*top).sum(-1, keepdim=True)*Q/n**2
     own = (1 - T)*P/(1 - P).square()/n**2 - missed
-    return own.unsqueeze(1)*dL + missed.unsqueeze(1)*(Q.unsqueeze(1)*dL).sum(-1, keepdim=True)
+    return own.unsqueeze(1)*dL + missed.unsqueeze(1)*(Q.unsqueeze(1)*dL).sum(
+        -1, keepdim=True)
 
 # %% ../../nbs/sorting/01_networks.ipynb #b2b7e14c
 def network_derivatives(
     s:Float[Tensor, "*batch n"],        # Scores
     P_true:Float[Tensor, "*batch n n"], # True permutation matrix
-    kind:str="cross_entropy",           # Loss: "cross_entropy" or "bce", see `ranking_loss`
+    kind:str="cross_entropy",  # Loss: "cross_entropy" or "bce", see `ranking_loss`
     network:str="odd_even",             # Plan of comparisons: "odd_even" or "bitonic"
     relaxation:str="logistic",          # As in `sorting_network`
     steepness:float=10.,                # Inverse temperature β, per unit of the scores
@@ -392,7 +429,9 @@ def network_derivatives(
     L, kept = _log_forward(x, network, relaxation, steepness)
     loss, G = ranking_gradient(L.transpose(0, 1), T, kind)
     G = G.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    if hessian: Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, network, relaxation, steepness)
+    if hessian:
+        Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, network, relaxation,
+                             steepness)
     else: Y, H = _log_backward(G, kept, network, relaxation, steepness), None
     H = H.reshape(*shape, n).to(s.dtype) if hessian else None
     return loss.reshape(shape[:-1]), Y.reshape(shape).to(s.dtype), H
@@ -412,12 +451,17 @@ def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
     p, q = _weights_back(G, groups, W, M)
     dp, dq = _weights_back(dG, groups, W.unsqueeze(2), E.mul_((M - M*W).unsqueeze(2)))
     Y, D = _scores_back(n, groups, 1 - kappa, (p*p1 + q*q1)*sign)
-    push = (wide(p1)*dp + wide(q1)*dq + wide(p*p2 + q*q2)*dC)*wide(sign) + wide((2*a1 + a2*C)*D)*dC
+    push = (wide(p1)*dp + wide(q1)*dq
+            + wide(p*p2 + q*q2)*dC)*wide(sign) + wide((2*a1 + a2*C)*D)*dC
     H, _ = _scores_back(n, groups, wide(1 - kappa), push)
     return Y.T, torch.cat([H, -H.sum(1, keepdim=True)], 1).permute(2, 0, 1)
 
 def _check_target(s, P_true, kind):
-    if kind not in ("cross_entropy", "bce"): raise ValueError(f"kind: expected cross_entropy or bce, got {kind!r}")
+    if kind not in ("cross_entropy", "bce"): raise ValueError(
+        f"kind: expected cross_entropy or bce, got {kind!r}")
     if P_true.shape != (*s.shape, s.shape[-1]):
-        raise ValueError(f"P_true: expected shape (..., n, n) for scores {tuple(s.shape)}, got {tuple(P_true.shape)}")
-    if P_true.device != s.device: raise ValueError(f"P_true: expected a tensor on the device of s, {s.device}, got {P_true.device}")
+        raise ValueError(f"P_true: expected shape (..., n, n) for scores "
+                         f"{tuple(s.shape)}, got {tuple(P_true.shape)}")
+    if P_true.device != s.device: raise ValueError(f"P_true: expected a tensor on the "
+                                                   f"device of s, {s.device}, got "
+                                                   f"{P_true.device}")
