@@ -42,7 +42,8 @@ class _PerSample(nn.Module):
     "What `per_sample` returns"
     def __init__(self, loss_fn, reduction, check):
         super().__init__()
-        self.loss_fn, self.reduction, self.check, self.loop = loss_fn, reduction, check, False
+        self.loss_fn, self.reduction = loss_fn, reduction
+        self.check, self.loop = check, False
 
     def forward(self, y, *args):
         "Loss of every sample"
@@ -152,7 +153,7 @@ class _PermutationLoss(nn.Module):
         return _to_rows(_matrix(self.relax, y), *self.convention)
 
     def forward(self, y, target):
-        "Loss of every sample; `target` holds labels `(N, n)` or true permutations `(N, n, n)`"
+        "Loss of every sample; `target` is labels `(N, n)` or permutations `(N, n, n)`"
         P = self.permutation(y)
         T = true_permutation(target).to(P) if target.ndim == y.ndim else target.to(P)
         return self.loss(P, T) if callable(self.loss) else ranking_loss(P, T, self.loss,
@@ -160,10 +161,10 @@ class _PermutationLoss(nn.Module):
 
 # %% ../../nbs/core/08_adapters.ipynb #d574fd48
 def permutation_loss(
-    relax:Callable,            # Maps scores (N, n) to permutations (N, n, n), or to a tuple that ends with them
-    loss:str|Callable="cross_entropy", # Kind of `ranking_loss`, or a function of (P, P_true) with shape (N,)
-    positions:str="auto",      # Axis of the matrix that counts positions: "rows", "columns", or "auto" to find out
-    descending:bool|None=None, # Does the largest come first? Needed unless positions="auto"
+    relax:Callable,  # Scores (N, n) to permutations (N, n, n), or a tuple that ends so
+    loss:str|Callable="cross_entropy", # Kind of `ranking_loss`, or f(P, P_true)
+    positions:str="auto",      # Axis of positions: "rows", "columns", or "auto"
+    descending:bool|None=None, # Largest first? Needed unless positions="auto"
     log:bool=False,            # Does `relax` return log P?
 ) -> nn.Module:  # Loss of (scores, labels) or (scores, true permutations), shape (N,)
     "Make a per-sample loss of any relaxed sort"

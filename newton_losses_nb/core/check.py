@@ -193,7 +193,7 @@ def compare(
     return Fit(*shares, int(judged.sum()), worst)
 
 def _not_additive(f, y, V, step, slope, floor):
-    "Where a slope along v + w is not the sum of the two, as it must be where f is smooth"
+    "Where a slope along v + w is not the sum of both, as where f is smooth"
     both = torch.stack([(f(y + step*w) - f(y - step*w))/(2*step)
                         for w in V[1:] + V[:-1]])
     size = _norm(slope[1:]) + _norm(slope[:-1]) + 300*floor
@@ -571,7 +571,8 @@ def _settings(report, p):
             f"{m} outputs; NewtonLoss(loss_fn, Krylov()) needs fewer.")
         elif p.e.any():
             negative = found["eigenvalues"] == "indefinite"
-            report.curvature, report.eigenvalues = "hessian", "abs" if negative else "raw"
+            report.curvature = "hessian"
+            report.eigenvalues = "abs" if negative else "raw"
             e = SPECTRA[report.eigenvalues](p.e.double())
     lam = auto_damping(p.G[p.good].double().square().mean(), e)
     report.lam = float(f"{float(lam):.3g}")

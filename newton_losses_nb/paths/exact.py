@@ -77,7 +77,7 @@ class _Sweeps:
 def _distances(
     cost:Float[Tensor, "B H W"],     # Costs, at least 0; infinite ones are walls
     n_iter:int|None=None,            # Number of sweeps; None: until nothing changes
-) -> tuple:                          # `(B+1, H+2, W+2)`, an empty map in front, borders of infinity; which are settled
+) -> tuple:  # `(B+1, H+2, W+2)`, the first empty; which are settled
     "Cost of the cheapest path to each cell"
     B, H, W = cost.shape
     d, settled = cost.new_full((B + 1, H + 2, W + 2), torch.inf), torch.ones(
@@ -168,9 +168,9 @@ def _careful_walk(
 
 # %% ../../nbs/paths/00_exact.ipynb #6c63209d
 def _fast_walk(
-    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner of the border is overwritten
-    n_iter:int|None=None,             # Number of steps; None: until all have arrived, or met a plateau
-) -> tuple:                           # 1 on the path, `(B, H, W)`; maps that met a plateau or did not arrive, `(B,)`
+    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner is overwritten
+    n_iter:int|None=None,             # Steps; None: until all arrive or meet a plateau
+) -> tuple:                           # Paths `(B, H, W)`; which maps failed, `(B,)`
     "The walk back, looking at no cells but those beside the path"
     B, H, W, flat = len(d) - 1, d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
     d[1:, 0, 0].fill_(-1)
@@ -194,7 +194,7 @@ def _fast_walk(
 # %% ../../nbs/paths/00_exact.ipynb #9a84f485
 def shortest_path(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0; infinite: a wall
-    n_iter:int|None=None,              # Sweeps, and steps back, without a look at the numbers; None: as many as needed
+    n_iter:int|None=None,              # Fixed number of sweeps; None: as needed
 ) -> Float[Tensor, "*batch H W"]:  # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
     if n_iter is not None: _check_steps(n_iter)
@@ -262,7 +262,8 @@ def check_grid(name, x, floating=True):
 
 def check_same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(
-        f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
+        f"{name}: expected the shape of {other}, {tuple(y.shape)}, "
+        f"got {tuple(x.shape)}")
 
 def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -316,8 +317,8 @@ def exact_path_match(
 # %% ../../nbs/paths/00_exact.ipynb #9b21b99a
 def is_valid_path(
     path:Shaped[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
-) -> Bool[Tensor, "*batch"]:           # Does it lead from corner to corner? Loops are not found
-    "Whether cells lead from the top left to the bottom right corner, in one piece and without dead ends"
+) -> Bool[Tensor, "*batch"]:           # Corner to corner? Loops are not found
+    "Whether cells lead from corner to corner, in one piece, without dead ends"
     check_grid("path", path, floating=False)
     H, W = path.shape[-2:]
     grid = path.detach().reshape(-1, H, W).permute(1, 2, 0).contiguous()
@@ -336,7 +337,7 @@ def is_valid_path(
 def regret(
     cost:Float[Tensor, "*batch H W"],  # True costs
     path:Shaped[Tensor, "*batch H W"], # Predicted path
-) -> Float[Tensor, "*batch"]:          # At least 0 for a path from corner to corner, in the unit of `cost`
+) -> Float[Tensor, "*batch"]:          # At least 0 for a path, in the unit of `cost`
     "What a predicted path costs more than the cheapest one"
     check_same_shape("path", path, "cost", cost)
     return path_cost(cost, path) - path_cost(cost, shortest_path(cost))

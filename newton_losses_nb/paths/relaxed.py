@@ -27,7 +27,7 @@ def _relaxed_distances(
     cost:Float[Tensor, "B H W"],  # Costs
     beta:float,                   # Inverse temperature
     n_iter:int,                   # Number of sweeps
-) -> Float[Tensor, "B 8 H W"]:    # Probability that the path to a cell comes from each of its neighbours
+) -> Float[Tensor, "B 8 H W"]:    # Probability to come from each neighbour
     "Weights of the last sweep of relaxed Bellman-Ford"
     far = -beta*_far(cost, beta)
     border = F.pad(torch.zeros_like(cost), (1, 1, 1, 1), value=1.)*far
@@ -41,7 +41,7 @@ def _relaxed_distances(
     return pi
 
 def _far(cost, beta):
-    "A distance beyond all others that still leaves room for second derivatives; one per grid"
+    "A distance beyond all others, with room for second derivatives; one per grid"
     most = torch.finfo(cost.dtype).max/(16*max(beta, 1.))
     return (1e4*cost.detach().abs().amax((-2, -1),
                                          keepdim=True).clamp(min=1.)).clamp(max=most)
@@ -55,8 +55,8 @@ _T_CONORMS = {
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
 def _inflow(
-    pi:Float[Tensor, "B 8 H W"],  # Probability that the path to a cell comes from each of its neighbours
-) -> Float[Tensor, "B 8 H W"]:    # Probability with which each neighbour comes from this cell
+    pi:Float[Tensor, "B 8 H W"],  # Probability to come from each neighbour
+) -> Float[Tensor, "B 8 H W"]:    # Probability that a neighbour comes from here
     "Transpose of the predecessors' weights"
     padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
     return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
@@ -73,7 +73,7 @@ def _plain_walk(cost, beta, n_iter, steps):
 
 # %% ../../nbs/paths/01_relaxed.ipynb #a2c97c5e
 class _Flat:
-    "Grids `(H, W)` in flat memory: cells `(C, B)` with C = H(W+2), padded by an edge of W+3"
+    "Grids in flat memory: cells `(C, B)`, C = H(W+2), padded by an edge of W+3"
     def __init__(self, B, H, W):
         self.B, self.H, self.W, self.C, self.edge = B, H, W, H*(W + 2), W + 3
 
@@ -182,16 +182,16 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *g):
-        (cost,
-         *kept), settings, again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
+        cost, *kept = ctx.saved_tensors
+        settings, again = ctx.settings, torch.is_grad_enabled()
         at, kept = kept[:len(g)], kept[len(g):]
         if not again and not _needs_plain(g[0]):
-            return _walk_backward(g, at, cost.shape, kept,
-                                  settings[0]), None, None, None
+            first = _walk_backward(g, at, cost.shape, kept, settings[0])
+            return first, None, None, None
         with torch.enable_grad(): plain = _plain_walk(cost, *settings)
         g = [_Flat(*cost.shape).grids(o) for o in g]
-        return torch.autograd.grad(plain[1:], cost, g[1:],
-                                   create_graph=again)[0], None, None, None
+        first, = torch.autograd.grad(plain[1:], cost, g[1:], create_graph=again)
+        return first, None, None, None
 
 def _soft_walk(cost, beta, n_iter, steps):
     "Where the walk is at each step, and what makes grids `(B, H, W)` of that"
@@ -203,7 +203,7 @@ def _soft_walk(cost, beta, n_iter, steps):
 def _while_mean(
     tracked:Float[Tensor, "K B H W"], # Tracked path after each step
     beta:float,                       # Inverse temperature of the loop's condition
-    epsilon:float,                    # Stop when no grid goes on with more than this probability
+    epsilon:float,                    # Stop when none goes on with more
 ) -> Float[Tensor, "B H W"]: # Their mean, weighted with the probability of ending there
     "Result of a relaxed while-loop with a fixed number of steps"
     start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
@@ -219,14 +219,14 @@ def _while_mean(
 def relaxed_bellman_ford(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell
     beta:float,                        # Inverse temperature β: large is sharp
-    n_iter:int|None=None,              # Number of sweeps; None: H + W, enough for any path with fewer steps
-    loop:str="for",                    # Walk back `n_iter` steps ("for"), or until the start is reached ("while")
-    t_conorm:str="probabilistic",      # How the path collects cells: "probabilistic", "hamacher" or "yager" (parameter 1)
+    n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
+    loop:str="for",  # "for": `n_iter` steps back; "while": to the start
+    t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager" (1)
     q:float=5.,                        # Parameter of the Hamacher T-conorm, at least 0
     max_iter:int|None=None,            # Steps of the "while" walk; None: n_iter + 16
-    epsilon:float=0.,                  # End the "while" walk of all grids once none goes on with more than this probability
-) -> Float[Tensor, "*batch H W"]:      # How much each cell belongs to the path, between 0 and 1
-    "Shortest path by the relaxed Bellman-Ford algorithm (Petersen et al., NeurIPS 2021)"
+    epsilon:float=0.,  # End the "while" walk once none goes on with more
+) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
+    "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
     _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon)
     beta = float(beta)
     H, W = cost.shape[-2:]

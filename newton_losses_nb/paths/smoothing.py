@@ -197,7 +197,7 @@ def _smoothed(name, algorithm, y, noise, args):
 
 # %% ../../nbs/paths/02_smoothing.ipynb #ad7ef6fa
 def _sample(name, algorithm, y, noise, args):
-    "Results `(N, S, ...)` at the noisy points, the same minus the baseline, and the noise"
+    "Results `(N, S, ...)` at noisy points, those minus the baseline, the noise"
     e = draw_noise(y, noise)
     def at(e): return _call(name, algorithm, y, noise.sigma*e, args)
     def at_y(): return at(torch.zeros_like(e[:, :1]))[:, 0]
@@ -259,12 +259,12 @@ def _check_losses(name, loss, y):
 
 # %% ../../nbs/paths/02_smoothing.ipynb #a752947a
 def smoothed_loss(
-    loss_of_algorithm:Callable, # Maps `(batch, ...)` and `args` to `(batch,)`, without gradient
+    loss_of_algorithm:Callable, # Maps `(batch, ...)`, `args` to `(batch,)`
     y:Float[Tensor, "N ..."],   # Its inputs, one row per sample
     noise:Noise=Noise(),        # What noise is added
     args:tuple=(),              # Further arguments; tensors with N rows are repeated
 ) -> Float[Tensor, "N"]:        # Mean losses, with score-function derivatives
-    "Mean of a black-box loss under noise (stochastic smoothing), differentiable to any order"
+    "Mean of a black-box loss under noise, differentiable to any order"
     loss = _smoothed("loss_of_algorithm", loss_of_algorithm, y, noise, args)
     return _check_losses("loss_of_algorithm", loss, y)
 
@@ -311,7 +311,7 @@ def fenchel_young_loss(
     maximize:bool=False,            # Does the solver look for the largest ⟨w, y⟩?
     floor:float|None=None,          # Least cost that the solver sees; others are raised
 ) -> Float[Tensor, "N"]:            # Loss of each sample, at least 0
-    "Fenchel-Young loss of a perturbed solver (Berthet et al., NeurIPS 2020), differentiable twice"
+    "Fenchel-Young loss of a perturbed solver (Berthet et al., NeurIPS 2020)"
     floor, kind = _floor(floor), DISTRIBUTIONS[noise.distribution]
     loss, G, g, baseline, e = _fenchel_young(solver, y, y_true, noise, maximize, floor)
     settings = noise.sigma, baseline, noise.antithetic, kind
@@ -319,7 +319,7 @@ def fenchel_young_loss(
 
 # %% ../../nbs/paths/02_smoothing.ipynb #36f42612
 def _fenchel_young(solver, y, y_true, noise, maximize, floor):
-    "Loss, gradient, gradients of the noisy copies, the baseline yet to take off, the noise"
+    "Loss, gradient, gradients of the noisy copies, the baseline, the noise"
     if y_true.shape != y.shape: raise ValueError(
         f"y_true: expected the shape of y, {tuple(y.shape)}, got {tuple(y_true.shape)}")
     e, w_true = draw_noise(y, noise), y_true.detach().to(y.dtype).flatten(1)[:, None]
@@ -379,7 +379,7 @@ def _outer_derivatives(loss_fn, a, args, hessian):
 class SmoothedLoss(_NoisyLoss):
     "Stochastic smoothing of a black-box loss, with its own gradient and Hessian"
     def __init__(self,
-        loss_of_algorithm:Callable, # Maps `(batch, m)` and further arguments to `(batch,)`
+        loss_of_algorithm:Callable, # Maps `(batch, m)` and more to `(batch,)`
         noise:Noise=Noise(),        # What noise is added
     ):
         self.loss_of_algorithm = loss_of_algorithm
@@ -486,7 +486,7 @@ class FenchelYoungLoss(_NoisyLoss):
 
 # %% ../../nbs/paths/02_smoothing.ipynb #403c11b9
 class _Blackbox(torch.autograd.Function):
-    "Forward the solver; backward the difference to its solution for costs moved along the gradient"
+    "Forward the solver; backward the difference to its solution for moved costs"
     @staticmethod
     def forward(ctx, y, solver, lam, floor):
         w = solver(y if floor is None else y.clamp(min=floor))
@@ -505,10 +505,10 @@ class _Blackbox(torch.autograd.Function):
                                     min=ctx.floor)))/ctx.lam, None, None, None
 
 def blackbox(
-    solver:Callable,          # Maps costs `(batch, ...)` to the best solutions `(batch, ...)`, smallest ⟨w, y⟩
+    solver:Callable,          # Maps costs to best solutions, smallest ⟨w, y⟩
     y:Float[Tensor, "N ..."], # Costs
-    lam:float=20.,            # Interpolation λ: how far costs are moved along the gradient
-    floor:float|None=1e-3,    # Least cost that the solver may see; smaller ones are raised to it
+    lam:float=20.,            # Interpolation λ: how far costs are moved
+    floor:float|None=1e-3,    # Least cost for the solver; others are raised
 ) -> Float[Tensor, "N ..."]:  # The exact solutions, with a gradient
     "Solve, and differentiate by solving once more (Vlastelica et al., ICLR 2020)"
     return _Blackbox.apply(y, solver, _number("lam", lam), _floor(floor))
@@ -517,10 +517,10 @@ def blackbox(
 class BlackboxLoss:
     "A differentiable loss of a solver's result, by blackbox differentiation"
     def __init__(self,
-        solver:Callable,     # Maps costs `(batch, m)` to the best solutions `(batch, m)`, smallest ⟨w, y⟩
-        loss_fn:Callable,    # Per-sample loss of the solution, `(N, m)` and further arguments to `(N,)`; differentiable
+        solver:Callable,     # Maps costs to best solutions, smallest ⟨w, y⟩
+        loss_fn:Callable,    # Differentiable loss of each solution
         lam:float=20.,       # Interpolation λ
-        floor:float|None=1e-3, # Least cost that the solver may see; smaller ones are raised to it
+        floor:float|None=1e-3, # Least cost for the solver; others are raised
     ):
         self.solver, self.loss_fn = solver, loss_fn
         self.lam, self.floor = _number("lam", lam), _floor(floor)

@@ -197,7 +197,7 @@ def _colours(
     seed:int,   # Seed of the data set
     start:int,  # Number of the first map
     n:int,      # How many maps
-) -> tuple[np.ndarray, np.ndarray]: # Colours of the terrains `(n, 5, 3)`, and light `(n, 3)`; 256 is normal
+) -> tuple[np.ndarray, np.ndarray]: # Colours `(n, 5, 3)`, light `(n, 3)`; 256: normal
     "The colours of a map, and its light"
     x = _random_bytes((24,), seed, start, n, 2).astype(np.int32) - 128
     palette = _PALETTE + (16*x[:, :5, None] + 9*x[:, 5:20].reshape(n, 5, 3))//128
@@ -304,7 +304,7 @@ def cached_maps(
     size:int=12,                  # Tiles a side, at least 2
     seed:int=0,                   # Seed of the data set
     start:int=0,                  # Number of the first map
-    cache_dir:str|Path|None=None, # Where maps are kept; default: the operating system's cache directory
+    cache_dir:str|Path|None=None, # Where maps are kept; default: the system's cache
     least:int=100_000,            # Keep maps if they have this many tiles together
 ) -> Maps:  # The same as `terrain_maps(n, size, seed, start=start)`
     "Terrain maps, from a file if they were made before"
@@ -497,7 +497,7 @@ def _extract(
 
 # %% ../../nbs/paths/03_terrain.ipynb #7166a9ec
 def download_warcraft(
-    cache_dir:str|Path|None=None, # Where the files are kept; default: the operating system's cache directory
+    cache_dir:str|Path|None=None, # Where files are kept; default: the system's cache
     size:int=12,                  # Tiles a side: 12, 18, 24 or 30
     progress:bool=True,           # Show a progress bar?
     _url:str=_ARCHIVE_URL,        # Address of the archive
@@ -524,13 +524,13 @@ def download_warcraft(
 # %% ../../nbs/paths/03_terrain.ipynb #67a3849b
 def load_maps(
     data:str='terrain', # 'terrain' (generated, offline) or 'warcraft' (downloaded once)
-    data_dir:str|Path|None=None,  # Directory with the official files; `data` is then not used
+    data_dir:str|Path|None=None,  # Folder of official files, instead of `data`
     train:int|None=2000,          # Most maps to train on; None: all official ones
     valid:int|None=500,           # Most maps to choose by
     test:int|None=500,            # Most maps to report
     size:int=12,                  # Tiles a side
     seed:int=0,                   # Seed of generated maps
-    cache_dir:str|Path|None=None, # Where maps are kept; default: the operating system's cache directory
+    cache_dir:str|Path|None=None, # Where maps are kept; default: the system's cache
 ) -> dict[str, Maps]:  # 'train', 'valid' and 'test', which have no map in common
     "Load maps to train on, to choose by, and to report"
     counts = dict(train=train, valid=valid, test=test)

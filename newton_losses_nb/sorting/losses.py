@@ -30,12 +30,12 @@ class SortingLoss(nn.Module):
     "Per-sample loss of scores `(N, n)` for a true permutation `(N, n, n)`"
     def __init__(
         self,
-        relaxation:str="neural_sort", # "neural_sort", "soft_sort", or a relaxation of `sorting_network`
+        relaxation:str="neural_sort", # "neural_sort", "soft_sort", or of a network
         kind:str="cross_entropy",  # Loss on the permutation matrix, see `ranking_loss`
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
         network:str="odd_even",       # Comparisons of a sorting network
-        fuse:bool=False,              # Let `torch.compile` fuse the derivatives of NeuralSort and SoftSort? Takes a while at first, and a compiler
+        fuse:bool=False,              # Let `torch.compile` fuse derivatives? Needs a compiler
     ):
         super().__init__()
         choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **SIGMOIDS}
@@ -43,7 +43,8 @@ class SortingLoss(nn.Module):
             raise ValueError(f"relaxation: expected one of {', '.join(choices)}, got "
                              f"{relaxation!r}")
         check_positive("tau", tau); check_positive("steepness", steepness)
-        self.relaxation, self.kind, self.tau, self.steepness, self.network = relaxation, kind, tau, steepness, network
+        self.relaxation, self.kind, self.tau = relaxation, kind, tau
+        self.steepness, self.network = steepness, network
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
         comparators(2, network)
@@ -64,20 +65,21 @@ class SortingLoss(nn.Module):
     def forward(
         self,
         s:Float[Tensor, "*batch n"],         # Scores
-        P_true:Float[Tensor, "*batch n n"],  # True permutation matrices, from `true_permutation`
+        P_true:Float[Tensor, "*batch n n"],  # From `true_permutation`
     ) -> Float[Tensor, "*batch"]:            # One value for each set
         "Loss of every sample"
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 
     def extra_repr(self):
-        scale = f"tau={self.tau}" if self.relaxation in _SOFTMAX else f"steepness={self.steepness}, network={self.network!r}"
+        scale = f"steepness={self.steepness}, network={self.network!r}"
+        if self.relaxation in _SOFTMAX: scale = f"tau={self.tau}"
         return f"{self.relaxation!r}, kind={self.kind!r}, {scale}"
 
 # %% ../../nbs/sorting/02_losses.ipynb #463cee40
 def _cross_entropy_rows(
     L:Float[Tensor, "n n N"],  # Logits
     T:Float[Tensor, "n n N"],  # True permutation
-) -> tuple:                    # n times: losses (N,), gradients and diagonals (n, n, N), rows U and what weighs UA
+) -> tuple:                    # Losses, gradients, diagonals, U, weights
     "Cross-entropy of row-softmax weights, with derivatives in the logits"
     log_P, r = L.log_softmax(1), T.sum(1, keepdim=True)
     P = log_P.exp()
@@ -88,7 +90,7 @@ def _cross_entropy_rows(
 def _bce_rows(
     L:Float[Tensor, "n n N"],  # Logits
     T:Float[Tensor, "n n N"],  # True permutation
-) -> tuple:                    # n² times: losses (N,), gradients and diagonals (n, n, N), rows U and what weighs UA
+) -> tuple:                    # Losses, gradients, diagonals, U, weights
     "Binary cross-entropy of row-softmax weights, with derivatives in the logits"
     n, (best, place) = len(L), L.max(1, keepdim=True)
     top = place == torch.arange(n, device=L.device)[:, None]
@@ -110,7 +112,7 @@ def _bce_rows(
 
 # %% ../../nbs/sorting/02_losses.ipynb #cfe3300a
 def _contract(A, B):
-    "Σ_l A[i, l] B[l, j] for each sample: by hand where it is small or will be fused, else as a matrix product"
+    "Σ_l A[i, l] B[l, j] for each sample: by hand where small or fused"
     few = len(A)*B.shape[0]*B.shape[1] <= 1000
     if few or torch.compiler.is_compiling():
         return (A.transpose(0, 1).unsqueeze(2)*B.unsqueeze(1)).sum(0)

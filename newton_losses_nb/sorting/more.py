@@ -40,11 +40,11 @@ def _sinkhorn(L, n_iter):
 # %% ../../nbs/sorting/03_more.ipynb #c90f8dfa
 def sinkhorn_sort(
     s:Float[Tensor, "*batch n"],  # Scores; not normalised
-    eps:float=1.,                 # Regularisation ε, in units of the scores; towards 0 the sort gets hard
+    eps:float=1.,                 # Regularisation ε, in units of the scores
     n_iter:int=20,                # Rounds of column and row normalisation
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
-    "Relaxed permutation matrix from entropic optimal transport (Cuturi, Teboul & Vert, NeurIPS 2019)"
+    "Relaxed permutation from optimal transport (Cuturi et al., NeurIPS 2019)"
     check_positive("eps", eps)
     if not isinstance(n_iter, int) or n_iter < 0:
         raise ValueError(f"n_iter: expected a whole number, at least 0, got {n_iter!r}")
@@ -99,7 +99,7 @@ def _merge(yes, if_true, no, if_false):
     return log_add_exp(yes + if_true, no + if_false, (if_true - if_false) + (yes - no))
 
 def _compare(x, rows, i, beta):
-    "Relaxed `if x[i] > x[i+1]: swap` on lists of places, in place; returns log p and log(1 − p)"
+    "Relaxed `if x[i] > x[i+1]: swap`, in place; returns log p and log(1 − p)"
     v = (beta*(x[i] - x[i+1])).clamp(-1e10, 1e10)
     yes, no = log_sigmoid(v), log_sigmoid(-v)
     p, (a, b) = yes.exp(), rows[i:i+2]
@@ -111,7 +111,7 @@ def _compare(x, rows, i, beta):
 def _passes(
     s:Float[Tensor, "*batch n"], # Scores
     beta:float,                  # Inverse temperature β
-) -> Iterator[tuple]:            # log P, number of swaps, log of swapped and of not swapped, after each pass
+) -> Iterator[tuple]:            # log P, swaps, log of swapped and not
     "State of the relaxed bubble sort after each pass of its outer loop"
     x = centred(s, limit=1e30)
     n, swaps = x.shape[-1], torch.zeros_like(x[..., :1])
@@ -145,11 +145,11 @@ def _bubble(s, beta, loop):
 # %% ../../nbs/sorting/03_more.ipynb #73bd37a5
 def bubble_sort(
     s:Float[Tensor, "*batch n"],  # Scores
-    beta:float=10.,               # Inverse temperature β, per unit of the scores; large means hard
-    loop:str="for",               # Outer loop: n − 1 passes ("for"), or until nothing is swapped ("while")
+    beta:float=10.,               # Inverse temperature β; large means hard
+    loop:str="for",               # n − 1 passes ("for"), or until sorted ("while")
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
-    "Relaxed permutation matrix of bubble sort (AlgoVision, Petersen et al., NeurIPS 2021)"
+    "Relaxed permutation of bubble sort (Petersen et al., NeurIPS 2021)"
     log_P = _bubble(s, beta, loop)[0]
     return (log_P if log else log_P.exp()).to(s.dtype)
 
@@ -160,7 +160,7 @@ def swap_loss(
     beta:float=10.,                     # Inverse temperature β, per unit of the scores
     loop:str="for",                     # Outer loop: "for" or "while"
 ) -> Float[Tensor, "*batch"]:           # One loss per sample
-    "Expected number of swaps that a relaxed bubble sort makes on scores in their true order"
+    "Expected number of swaps of a relaxed bubble sort on the true order"
     expected = (*s.shape, *s.shape[-1:])
     if P_true.shape != expected:
         raise ValueError(

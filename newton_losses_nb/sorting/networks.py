@@ -60,7 +60,7 @@ _SMOOTH = SIGMOIDS | dict.fromkeys(("logistic", "logistic_art"),
 def comparators(
     n:int,                     # Number of wires
     network:str="odd_even",    # "odd_even" or "bitonic"
-) -> list[list[tuple[int, int]]]: # Layers of pairs (wire of the minimum, wire of the maximum)
+) -> list[list[tuple[int, int]]]: # Layers of pairs (minimum, maximum)
     "The comparisons of a sorting network, layer by layer"
     if network == "odd_even":
         return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
@@ -95,7 +95,7 @@ def _wiring(n, network, device, dtype):
 
 # %% ../../nbs/sorting/01_networks.ipynb #fb682e21
 def _plain_network(x, network, relaxation, steepness, log):
-    "Permutation matrix of centred scores in operations that autograd and torch.func know"
+    "Permutation matrix of centred scores in ordinary operations"
     P = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape, -1)
     if log: P = (P - 1)*1e30
     for partner, sign in zip(*_wiring(x.shape[-1], network, x.device, x.dtype)):
@@ -142,7 +142,7 @@ def _plan(n, network, device, dtype):
     return [group for layer in layers for group in _groups(layer)], sign
 
 def _pair(Z, group):
-    "Both rows of each comparator, (blocks, width, 2, ...), as a view of a state with the wires first"
+    "Both rows of each comparator, (blocks, width, 2, ...), as a view"
     (first, blocks, jump, width), (row, *rest) = group, Z.stride()
     return Z.as_strided((blocks, width, 2, *Z.shape[1:]),
                         (2*jump*row, row, jump*row, *rest),
@@ -160,7 +160,7 @@ def _pieces(groups, *stacks):
 
 # %% ../../nbs/sorting/01_networks.ipynb #acfcbce8
 def _forward(x, network, relaxation, steepness):
-    "Permutation matrix of centred scores (N, n), and the differences its gradient needs"
+    "Permutation matrix of centred scores (N, n), and what its gradient needs"
     (N, n), alpha = x.shape, SIGMOIDS[relaxation][0]
     groups, sign = _plan(n, network, x.device, x.dtype)
     Z, D = x.new_zeros(n, N, n + 1), x.new_empty(len(sign), N, n + 1)
@@ -184,7 +184,7 @@ def _cauchy_density(v): return (f := 1/(math.pi*(1 + v*v))), -2*math.pi*v*f*f
 _DENSITIES = {"logistic": _logistic_density, "cauchy": _cauchy_density}
 
 def _slopes(c, relaxation, steepness, order=2):
-    "First and second derivatives of α, log α and log (1 − α) in the difference of two scores"
+    "First and second derivatives of α, log α and log (1 − α)"
     if relaxation not in _DENSITIES:
         return _autograd_slopes(c, relaxation, steepness, order)
     v, alpha = _steep(c, relaxation, steepness), SIGMOIDS[relaxation][0]
@@ -273,7 +273,7 @@ def _log_forward(x, network, relaxation, steepness):
 
 # %% ../../nbs/sorting/01_networks.ipynb #e6865497
 def _weights_back(G, groups, W, M):
-    "Gradients in log α and log (1 − α) of all comparators; turns G into the gradient in the first L, adds Wg to M"
+    "Gradients in log α and log (1 − α); G becomes that in the first L"
     sums, pairs = torch.empty_like(M[..., 0]), _pairs(G, groups)
     for group, w, m, total in reversed(_pieces(groups, W, M, sums)):
         both, low, high = pairs[group]
@@ -302,7 +302,7 @@ def _shares(C, r, delta):
     return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
 
 def _log_backward(G, kept, network, relaxation, steepness):
-    "Gradient in the scores from a gradient in log P with the wires first, which is overwritten"
+    "Gradient in the scores from one in log P, which is overwritten"
     groups, sign = _plan(len(G), network, G.device, G.dtype)
     W = _shares(*kept)
     stay, swap = _weights_back(G, groups, W, torch.zeros_like(W))
@@ -313,7 +313,7 @@ def _log_backward(G, kept, network, relaxation, steepness):
 
 # %% ../../nbs/sorting/01_networks.ipynb #b36a6c0d
 def _in_transform(x):
-    "Is a transform of `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
+    "Is a transform, forward mode, `torch.compile` or another tensor at work?"
     return (torch.compiler.is_compiling() or type(x) is not Tensor
             or torch._C._are_functorch_transforms_active()
             or torch._C._functorch.is_legacy_batchedtensor(x)
@@ -328,35 +328,33 @@ class _Network(torch.autograd.Function):
         *settings, log = ctx.settings = settings
         P, kept = (_log_forward if log else _forward)(x, *settings)
         ctx.save_for_backward(x, *kept)
-        return P.transpose(0,
-                           1).clone(memory_format=torch.contiguous_format) if log else P
+        return _wires_first(P) if log else P
 
     @staticmethod
     def backward(ctx, g):
-        (x, *kept), (*settings,
-                     log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
+        (x, *kept), (*settings, log) = ctx.saved_tensors, ctx.settings
+        again = torch.is_grad_enabled()
         fast = grad = None
         if not _in_transform(g):
             with torch.no_grad():
-                fast = _log_backward(_wires_first(g), kept,
-                                     *settings) if log else _backward(g, *kept,
-                                                                      *settings)
+                if log: fast = _log_backward(_wires_first(g), kept, *settings)
+                else: fast = _backward(g, *kept, *settings)
         if again or fast is None:
             with torch.enable_grad(): P = _plain_network(x, *settings, log)
             grad, = torch.autograd.grad(P, x, g, create_graph=again)
-        grad = fast if grad is None else grad if fast is None else grad + (
-            fast - grad).detach()
+        if grad is None: grad = fast
+        elif fast is not None: grad = grad + (fast - grad).detach()
         return grad, None, None, None, None
 
 # %% ../../nbs/sorting/01_networks.ipynb #af07dde0
 def sorting_network(
     s:Float[Tensor, "*batch n"],  # Scores
     network:str="odd_even",       # Plan of comparisons: "odd_even" or "bitonic"
-    relaxation:str="logistic",    # "logistic", "logistic_art", "gaussian", "cauchy", "reciprocal" or "optimal"
-    steepness:float=10.,          # Inverse temperature β, per unit of the scores; large means hard
+    relaxation:str="logistic",    # Sigmoid: "logistic", "cauchy", … (table above)
+    steepness:float=10.,          # Inverse temperature β; large means hard
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
-    "Relaxed permutation matrix of a differentiable sorting network (Petersen et al., ICML 2021, ICLR 2022)"
+    "Relaxed permutation of a sorting network (Petersen et al., ICML 2021)"
     _check_settings(relaxation, steepness)
     x = centred(s, limit=min(1e30, 1e34/steepness))
     n, settings = x.shape[-1], (network, relaxation, steepness, log)
@@ -372,7 +370,7 @@ def _check_settings(relaxation, steepness):
 
 # %% ../../nbs/sorting/01_networks.ipynb #1d6ac9fb
 def _score_tangents(n, groups, sign, kappa):
-    "Derivative of the difference at every comparator in each score but the last, (comparators, n - 1, N)"
+    "Derivative of each comparator's difference, (comparators, n - 1, N)"
     N, D = kappa.shape[-1], n - 1
     X = torch.eye(n, D, dtype=kappa.dtype,
                   device=kappa.device).unsqueeze(-1).repeat(1, 1, N)
@@ -420,7 +418,8 @@ def network_derivatives(
     relaxation:str="logistic",          # As in `sorting_network`
     steepness:float=10.,                # Inverse temperature β, per unit of the scores
     hessian:bool=True,                  # Second derivatives too?
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n"],
+           Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
     "Ranking loss behind a sorting network with its exact derivatives, for each sample"
     _check_settings(relaxation, steepness); _check_target(s, P_true, kind)
     x = centred(s.detach(), limit=min(1e30, 1e34/steepness))
@@ -438,7 +437,7 @@ def network_derivatives(
 
 # %% ../../nbs/sorting/01_networks.ipynb #878fcab7
 def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
-    "Gradient and Hessian in the scores from log P, the gradient in it and what was kept"
+    "Gradient and Hessian in the scores from log P and its gradient"
     n, C, wide = len(L), kept[0], lambda o: o.unsqueeze(1)
     groups, sign = _plan(n, network, L.device, L.dtype)
     a1, p1, q1, a2, p2, q2 = _slopes(C, relaxation, steepness)

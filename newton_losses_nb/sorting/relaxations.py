@@ -70,7 +70,7 @@ def log_add_exp(
 def log_sigmoid(
     v:Tensor,  # Arguments
 ) -> Tensor:   # Logarithms, at most 0
-    "log σ(v) of the logistic function, with tails of all derivatives that keep their digits"
+    "log σ(v), with tails of all derivatives that keep their digits"
     return torch.where(v < 0, v,
                        torch.zeros_like(v)) - torch.where(v < 0, v, -v).exp().log1p()
 
@@ -111,8 +111,8 @@ def soft_sort(
 def true_permutation(
     labels:Tensor,                # `(..., n)`: numbers whose order is right
     dtype:torch.dtype|None=None,  # Of the result; None: PyTorch's default
-) -> Float[Tensor, "*batch n n"]: # One at [..., i, j] where input j has ascending rank i
-    "Permutation matrix that sorts `labels` in ascending order; ties stay in the given order"
+) -> Float[Tensor, "*batch n n"]: # 1 at [..., i, j] if input j has rank i
+    "Permutation matrix that sorts `labels` ascending; ties keep their order"
     if labels.ndim == 0 or labels.shape[-1] == 0:
         raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got "
                          f"{tuple(labels.shape)}")
@@ -142,10 +142,10 @@ def log_complement(
 def ranking_loss(
     P:Float[Tensor, "*batch n n"],      # Relaxed permutation, or its logarithm if `log`
     P_true:Float[Tensor, "*batch n n"], # True permutation matrix
-    kind:str="cross_entropy",           # "cross_entropy", "bce", or "bce_clamped" (as `nn.BCELoss` computes it)
+    kind:str="cross_entropy",           # "cross_entropy", "bce", "bce_clamped"
     log:bool=False,  # Is `P` given as log P? More accurate where weights get tiny
 ) -> Float[Tensor, "*batch"]:           # One loss per sample
-    "Distance of a relaxed permutation from the true one, per sample, a mean over the rows or entries"
+    "Distance of a relaxed permutation from the true one, per sample"
     check_ranking(P.shape, P_true, kind, P.device)
     P = P.float() if P.dtype in (torch.float16, torch.bfloat16) else P
     T, n = P_true.to(P.dtype), P.shape[-1]
@@ -158,12 +158,13 @@ def ranking_loss(
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #583d7cdc
 def check_ranking(shape, P_true, kind, device):
-    "Raise unless a ranking loss of this kind can compare a matrix of this shape with `P_true`"
+    "Raise unless a ranking loss can compare this shape with `P_true`"
     if kind not in ("cross_entropy", "bce", "bce_clamped"):
         raise ValueError(f"kind: expected cross_entropy, bce or bce_clamped, got "
                          f"{kind!r}")
     if len(shape) < 2 or P_true.shape != shape or shape[-1] != shape[-2]:
-        got = f"got P {tuple(shape)} and P_true {tuple(P_true.shape)}{_hint(shape, P_true.shape)}"
+        got = (f"got P {tuple(shape)} and P_true {tuple(P_true.shape)}"
+               f"{_hint(shape, P_true.shape)}")
         raise ValueError(f"P_true: expected the shape of P, (..., n, n), {got}")
     if P_true.device != device:
         raise ValueError("P_true: expected a tensor on the device of P, "
@@ -173,7 +174,8 @@ def _hint(P, P_true):
     "What is likely meant by shapes that do not fit"
     column = tuple(P[-2:]) == (1, 1) and P_true[-1:] != (1,)
     labels = len(P_true) > 0 and P_true == P[:len(P) - 2 if column else -1]
-    scores = "; are these scores of shape (N, n, 1)? give s.squeeze(-1)" if column else ""
+    hint = "; are these scores of shape (N, n, 1)? give s.squeeze(-1)"
+    scores = hint if column else ""
     return scores + ("; are these labels? give true_permutation(labels)" if labels
                      else "")
 
