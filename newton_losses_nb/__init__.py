@@ -1,5 +1,5 @@
 "Second-order gradients for losses that contain an algorithm: Newton losses in PyTorch"
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .core.newton import (
     ClippedLoss, Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, NewtonLoss,

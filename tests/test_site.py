@@ -1,5 +1,6 @@
 """The tools that render and check the docs find what they are there to find."""
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,50 @@ def test_what_quarto_would_not_show_is_reported(tool):
     found = '\n'.join(site.problems)
     for what in ('@fig-none is not a label', '(cell `plot()`)', 'does not show image/gif', '2 pictures in one cell', 'an asterisk ends'): assert what in found, what
     assert doc['outputs'][0]['data']['text/markdown'].startswith(r'### f.\_\_call\_\_')
+
+
+def test_sources_are_lists_of_lines(tool):
+    "Quarto joins the lines of a source that is one string: a whole cell becomes its heading"
+    site = tool('site')
+    cell = dict(cell_type='markdown', source='# Title\n\n$$a=b$$ {#eq-one}\n\nSee [[`f`](https://a.example/f.html#f)](f.ipynb) and [`_g`](https://a.example/f.html#_g).')
+    site.polish(cell)
+    assert cell['source'] == ['# Title\n', '\n', '$$a=b$$ {#eq-one}\n', '\n', 'See [`f`](f.ipynb) and `_g`.']
+    assert site.lines('a\n\nb\u2028c\n') == ['a\n', '\n', 'b\u2028c\n'] and site.lines('') == []
+
+
+def test_what_nbdev_wrote(tool):
+    site, shown = tool('site'), set()
+    doc = '### Loss\n\n```python\ndef Loss(\n    fn:collections.abc.Callable, # See [`check`](https://a.example/c.html#check)\n):\n```\n\n*A loss*\n'
+    cell = dict(cell_type='code', source='#| echo: false\nshow_doc(Loss)', outputs=[dict(data={'text/markdown': doc})])
+    site.polish(cell, {'Loss'}, shown)
+    out = ''.join(cell['outputs'][0]['data']['text/markdown'])
+    assert 'class Loss(\n    fn:Callable, # See check\n' in out and shown == {'Loss'}
+    assert 'class Base()\n' in site.documented('```python\ndef Base(\n    *args:Any, **kwargs:Any\n)->None:\n```', {'Base'})
+    source = '#| code-fold: show\n#| code-summary: "Exported source"\nclass {}:\n    pass'
+    again, other = (dict(cell_type='code', source=source.format(n)) for n in ('Loss', 'Other'))
+    for c in (again, other): site.polish(c, {'Loss'}, shown)
+    assert again['source'][:2] == ['#| code-fold: true\n', '#| code-summary: "Source of Loss"\n']
+    assert other['source'][0] == '#| code-fold: show\n'
+    table = dict(cell_type='code', source='t', outputs=[dict(data={'text/html': '<style scoped>\n a\n\n b</style>\n<table></table>', 'text/plain': 't'})])
+    site.polish(table)
+    assert ''.join(table['outputs'][0]['data']['text/markdown']) == '```{=html}\n<table></table>\n```\n' and 'text/html' not in table['outputs'][0]['data']
+
+
+def test_log_of_quarto(tool, tmp_path):
+    log = tmp_path/'quarto.log'
+    log.write_text('[1/2] a.ipynb\n\x1b[33mWARNING: Unable to resolve link target: x.ipynb\x1b[39m\n[WARNING] Could not convert TeX math \\x\nOutput created\n')
+    assert len(tool('site').complaints(log)) == 2
+
+
+def test_names_are_in_the_search_box(tool, tmp_path):
+    (tmp_path/'core').mkdir()
+    (tmp_path/'core/newton.html').write_text('<h3 id="newtonloss">NewtonLoss</h3>')
+    page = dict(objectID='core/newton.html', href='core/newton.html', title='Newton losses', section='', text='All')
+    (tmp_path/'search.json').write_text(json.dumps([page]))
+    site = tool('site')
+    site.index(tmp_path)
+    found = json.loads((tmp_path/'search.json').read_text())
+    assert [(e['href'], e['title'], e['section']) for e in found[1:]] == [('core/newton.html#newtonloss', 'Newton losses', 'NewtonLoss')]
 
 
 def test_formulas(tool):

@@ -35,6 +35,7 @@ def notebooks():
         front = yaml.safe_load(''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source']).strip('-\n'))
         pages[p.relative_to(root/'_proc').with_name(front.get('output-file', f'{p.stem}.html')).as_posix()] = front['title']
     for p in sorted((root/'_proc').glob('*.qmd')):
+        if p.stem == '404': continue
         pages[f'{p.stem}.html'] = yaml.safe_load(p.read_text(encoding='utf-8').split('---')[1])['title']
     return pages
 
@@ -53,7 +54,7 @@ def check_sidebar():
         if not (root/'nbs'/f).exists(): report('_quarto.yml', f'{f} is missing')
     for p in sorted([*(root/'nbs').rglob('*.ipynb'), *(root/'nbs').glob('*.qmd')]):
         name = p.relative_to(root/'nbs').as_posix()
-        if name not in side and '/.' not in f'/{name}': report('_quarto.yml', f'{name} is not in the sidebar')
+        if name not in side and name != '404.qmd' and '/.' not in f'/{name}': report('_quarto.yml', f'{name} is not in the sidebar')
     for f in {f for f in side if side.count(f) > 1}: report('_quarto.yml', f'{f} is in the sidebar twice')
     return site
 
@@ -95,7 +96,7 @@ def local(link, page, site, base):
     if link.startswith(base): link = '/' + link[len(base):].lstrip('/')
     parts = urlsplit(link)
     if parts.scheme or parts.netloc: return None
-    path = unquote(parts.path)
+    path = unquote(parts.path).removeprefix(urlsplit(base).path.rstrip('/'))   # as 404.html, which serves every folder
     target = site/path.lstrip('/') if path.startswith('/') else page.parent/path if path else page
     if target.is_dir(): target = target/'index.html'
     return Path(os.path.normpath(target)), unquote(parts.fragment)
@@ -131,6 +132,7 @@ def check_search(site, pages):
     for name in pages:
         if not any(e['href'].split('#')[0] == name for e in found): report('search.json', f'{name} cannot be found')
     if not any('NeuralSort' in e['text'] for e in found): report('search.json', 'holds no "NeuralSort"')
+    if not any(e['section'] == 'NewtonLoss' for e in found): report('search.json', 'NewtonLoss has no entry of its own; first: python tools/site.py index SITE')
 
 
 # ---- in the browser
@@ -218,6 +220,7 @@ def main(site='_docs'):
     site = (root/site).resolve()
     if not (site/'index.html').exists(): sys.exit(f'check_site: no index.html in {site}; first: python tools/site.py offline')
     web, pages = check_sidebar(), notebooks()
+    if not (site/'404.html').exists(): report('404.html', 'no such page')
     for name in list(pages):
         if not (site/name).exists(): report(name, 'no such page'); del pages[name]
     check_files(site, web)

@@ -1,10 +1,14 @@
 """The docs site, from the notebooks.
 
-    python tools/site.py process         # notebooks -> _proc, as nbdev does; then: quarto render _proc
+    python tools/site.py process         # notebooks -> _proc, as nbdev does, and what Quarto needs besides
+    quarto render _proc 2>&1 | tee quarto.log
+    python tools/site.py log quarto.log  # ends with 1 if Quarto warned of something that readers would see
+    python tools/site.py index SITE      # SITE (_proc/_docs): the search box finds every name of the package
     python tools/site.py offline [OUT]   # the same pages without Quarto, by smalldocs -> OUT (_docs)
 
 Quarto makes the published site. Where it cannot be installed, smalldocs reads the same `_quarto.yml`; what it lacks is added here: page names,
 numbered figures and equations with references to them, MathML and the bibliography (both by pandoc, which Quarto uses too)."""
+import ast
 import html
 import json
 import os
@@ -29,13 +33,94 @@ def process():
     "Notebooks with signatures, links and page names filled in, ready for a renderer"
     from nbdev.serve import proc_nbs
     os.chdir(root)
-    proc = proc_nbs(force=True)
+    proc, types = proc_nbs(force=True), classes()
     for p in proc.rglob('*.ipynb'):
         nb = json.loads(p.read_text(encoding='utf-8'))
-        for cell in nb['cells']:                      # nbdev links private names too, to places that no page has
-            if cell['cell_type'] == 'markdown': cell['source'] = re.sub(r'\[(`_\w+(?:\.\w+)*(?:\(\))?`)\]\(https?://[^)]*#_[^)]*\)', r'\1', text(cell))
+        shown = set()
+        for cell in nb['cells']: polish(cell, types, shown)
         p.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
     return proc
+
+
+def lines(s):
+    "Quarto joins the lines of a source that is one string, so each line is an entry, with its newline"
+    return re.findall(r'[^\n]*\n|[^\n]+$', s)
+
+
+def classes():
+    "Names of the classes of the package: show_doc writes `def` for them too"
+    trees = (ast.parse(p.read_text(encoding='utf-8')) for p in (root/'newton_losses_nb').rglob('*.py'))
+    return {n.name for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
+
+
+def polish(cell, types=frozenset(), shown=None):
+    "What nbdev wrote, as a renderer needs it; `shown` collects the names that have a signature"
+    shown = set() if shown is None else shown
+    s = text(cell)
+    if cell['cell_type'] == 'markdown': s = prose(s)
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        if 'text/markdown' in data and 'show_doc(' in s:
+            data['text/markdown'] = lines(documented(''.join(data['text/markdown']), types))
+            shown |= set(re.findall(r'show_doc\((\w+)', s))
+        if 'text/html' in data: data['text/markdown'] = lines(raw(''.join(data.pop('text/html'))))
+    if 'code-summary: "Exported source"' in s: s = folded(s, shown)
+    cell['source'] = lines(s)
+
+
+def prose(s):
+    "Without links to private names, which no page has, and without links inside links"
+    s = re.sub(r'\[(`_\w+(?:\.\w+)*(?:\(\))?`)\]\(https?://[^)]*#_[^)]*\)', r'\1', s)
+    return re.sub(r'\[([^][\n]*)\[([^][\n]*)\]\([^()\n]*\)([^][\n]*)\](?=\()', r'[\1\2\3]', s)
+
+
+def documented(md, types):
+    "What show_doc wrote, without links inside its code, and with `class` where it is one"
+    def fence(m):
+        code = re.sub(r'\[`([^`\n]+)`\]\([^()\n]*\)', r'\1', m[0]).replace('collections.abc.', '').replace('__main__.', '')
+        name = re.search(r'^def (\w+)\(', code, re.M)
+        if not name or name[1] not in types: return code
+        return re.sub(r'\(\s*\*args:Any, \*\*kwargs:Any\s*\)(->None)?:?', '()', code.replace('def ', 'class ', 1))
+    return re.sub(r'^```.*?^```', fence, md, flags=re.M | re.S)
+
+
+def folded(s, shown):
+    "A source whose signature stands above it is folded"
+    try: names = [n.name for n in ast.parse(s).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    except SyntaxError: return s
+    if not shown & set(names): return s
+    s = s.replace('code-fold: show', 'code-fold: true')
+    return s.replace('"Exported source"', f'"Source of {", ".join(names)}"')
+
+
+def raw(page):
+    "A table as raw HTML in Markdown: for other HTML outputs Quarto loads scripts from elsewhere"
+    page = re.sub(r'<style.*?</style>', '', page, flags=re.S)
+    return '```{=html}\n' + re.sub(r'\n\s*\n', '\n', page.strip()) + '\n```\n'
+
+
+def complaints(log):
+    "Warnings of Quarto for what a reader would meet, from its log"
+    plain = re.sub(r'\x1b\[[0-9;]*m', '', Path(log).read_text(encoding='utf-8'))
+    return [l.strip() for l in plain.splitlines() if re.search('Unable to resolve|Could not convert', l)]
+
+
+def index(site):
+    "An entry of its own in the search box for every public name, beside those of pages and sections"
+    from newton_losses_nb._modidx import d
+    file = Path(site)/'search.json'
+    entries = json.loads(file.read_text(encoding='utf-8'))
+    titles = {e['href']: e['title'] for e in entries if '#' not in e['href']}
+    known = {e['href'] for e in entries}
+    for module, names in d['syms'].items():
+        for name, (href, _) in names.items():
+            name = name.removeprefix(f'{module}.')
+            page, _, anchor = href.partition('#')
+            if re.search(r'(^|\.)_', name) or href in known or page not in titles: continue
+            if f'id="{anchor}"' not in (Path(site)/page).read_text(encoding='utf-8'): continue
+            entries.append(dict(objectID=href, href=href, title=titles[page], section=name,
+                                text=f'{name} of {module}', crumbs=[]))
+    file.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
 
 
 def text(cell):
@@ -219,6 +304,7 @@ def offline(out='_docs'):
     bibliography(work)
     site = build(work, quiet=True)
     finish(site.out, names)
+    index(site.out)
     for w in site.warnings:
         if not known_to_quarto.match(w): report('smalldocs', w)
     shutil.rmtree(out, ignore_errors=True)
@@ -227,12 +313,14 @@ def offline(out='_docs'):
 
 
 # what smalldocs does not read and Quarto does
-known_to_quarto = re.compile(r'.*(html-math-method|respect-user-color-scheme|execute\.enabled|output-file)\b')
+known_to_quarto = re.compile(r'.*(html-math-method|respect-user-color-scheme|execute\.enabled|output-file|html\.grid|no Sass)\b')
 
 
 if __name__ == '__main__':
     args = sys.argv[1:]
-    if args[:1] == ['process'] and len(args) == 1: print(process())
+    if args == ['process']: print(process())
+    elif args[:1] == ['log'] and len(args) == 2: problems += complaints(args[1])
+    elif args[:1] == ['index'] and len(args) == 2: index(args[1])
     elif args[:1] == ['offline'] and len(args) <= 2: offline(*args[1:])
     else: sys.exit(__doc__)
     if problems: sys.exit(f'{len(problems)} problems:\n' + '\n'.join(problems))

@@ -19,17 +19,22 @@ def _one_row(loss_fn, cut):
     def one(y, *args):
         loss = loss_fn(y[None], *[a[None] if c else a for a, c in zip(args, cut)])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"loss_fn: expected one number for a batch of one, got {_shape(loss)}")
+            raise ValueError(f"loss_fn: expected one number for a batch of one, got "
+                             f"{_shape(loss)}")
         return loss.reshape(())
     return one
 
-def _shape(x): return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def _shape(x):
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 def _check_reduction(loss_fn, reduction, loss, y, args):
     whole, found = loss_fn(y, *args).detach(), getattr(loss.detach(), reduction)()
-    if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6): raise ValueError(
-        f"reduction: expected the {reduction} of the samples' losses, here {found.item():.6g}, for the batch, got "
-        f"{whole.sum().item():.6g} (the other reduction? weights, an ignored class, statistics of the batch, noise?); "
+    if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+        f"reduction: expected the {reduction} of the samples' losses, here "
+        f"{found.item():.6g}, for the batch, got "
+        f"{whole.sum().item():.6g} (the other reduction? weights, an ignored class, "
+        f"statistics of the batch, noise?); "
         "check=False accepts it")
 
 # %% ../../nbs/core/08_adapters.ipynb #730caaa7
@@ -37,11 +42,14 @@ class _PerSample(nn.Module):
     "What `per_sample` returns"
     def __init__(self, loss_fn, reduction, check):
         super().__init__()
-        self.loss_fn, self.reduction, self.check, self.loop = loss_fn, reduction, check, False
+        self.loss_fn, self.reduction = loss_fn, reduction
+        self.check, self.loop = check, False
 
     def forward(self, y, *args):
         "Loss of every sample"
-        if y.ndim == 0 or len(y) == 0: raise ValueError(f"y: expected at least one sample, got shape {tuple(y.shape)}")
+        if y.ndim == 0 or len(y) == 0:
+            raise ValueError(f"y: expected at least one sample, got shape "
+                             f"{tuple(y.shape)}")
         cut = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == len(y) for a in args]
         loss = self.every(_one_row(self.loss_fn, cut), y, args, cut)
         if self.check: _check_reduction(self.loss_fn, self.reduction, loss, y, args)
@@ -51,9 +59,12 @@ class _PerSample(nn.Module):
     def every(self, one, y, args, cut):
         "By vmap, or by a loop from the first time that vmap fails"
         if not self.loop:
-            try: return torch.func.vmap(one, in_dims=(0, *[0 if c else None for c in cut]))(y, *args)
+            try:
+                return torch.func.vmap(
+                    one, in_dims=(0, *[0 if c else None for c in cut]))(y, *args)
             except Exception: pass
-        loss = torch.stack([one(row, *[a[i] if c else a for a, c in zip(args, cut)]) for i, row in enumerate(y)])
+        loss = torch.stack([one(row, *[a[i] if c else a for a, c in zip(args, cut)])
+                            for i, row in enumerate(y)])
         self.loop = True
         return loss
 
@@ -64,8 +75,10 @@ def per_sample(
     check:bool=True,        # Verify at the first call that it does?
 ) -> nn.Module:             # The same loss with shape (N,)
     "Undo the reduction of a loss over the batch"
-    if not callable(loss_fn): raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction: expected mean or sum, got {reduction!r}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected mean or sum, got {reduction!r}")
     return _PerSample(loss_fn, reduction, check)
 
 # %% ../../nbs/core/08_adapters.ipynb #a9322aed
@@ -80,8 +93,10 @@ def _matrix(relax, s):
     "The relaxed permutation matrix in what `relax` returns"
     P = relax(s)
     P = P[-1] if isinstance(P, (tuple, list)) else P
-    if not isinstance(P, Tensor) or P.shape != (*s.shape, s.shape[-1]): raise ValueError(
-        f"relax: expected a matrix of shape {(*s.shape, s.shape[-1])}, or a tuple that ends with one, got {_shape(P)}")
+    if not isinstance(P, Tensor) or P.shape != (*s.shape, s.shape[-1]):
+        raise ValueError(
+        f"relax: expected a matrix of shape {(*s.shape, s.shape[-1])}, or a tuple that "
+        f"ends with one, got {_shape(P)}")
     return P
 
 # %% ../../nbs/core/08_adapters.ipynb #7e59302b
@@ -90,16 +105,20 @@ def _convention(relax, y, log):
     "(positions, descending) of a relaxed sort, from what it does with known orders"
     n, draw = y.shape[-1], torch.Generator().manual_seed(0)
     up = torch.arange(n)
-    s = torch.stack([up.roll(1), up.flip(0).roll(1), *[torch.randperm(n, generator=draw) for _ in range(4)]])
+    s = torch.stack([up.roll(1), up.flip(0).roll(1),
+                     *[torch.randperm(n, generator=draw) for _ in range(4)]])
     T = true_permutation(s).to(y)
     for scale in (1., 10., 100., 1e3, 1e4):
         P = _matrix(relax, scale*(s - (n - 1)/2).to(y))
         P = P.exp() if log else P
-        score = torch.stack([(_to_rows(P, *c)*T).sum((-2, -1)).mean()/n for c in _CONVENTIONS])
+        score = torch.stack([(_to_rows(P, *c)*T).sum((-2, -1)).mean()/n
+                             for c in _CONVENTIONS])
         best, second = score.topk(2)[0].tolist()
         if best > 0.9 and second < best - 0.1: return _CONVENTIONS[int(score.argmax())]
-    raise ValueError("positions: expected a relaxed sort whose convention can be found out, but no reading of its "
-                     "matrix sorts; state positions='rows' or 'columns' and descending=True or False")
+    raise ValueError("positions: expected a relaxed sort whose convention can be found "
+                     "out, but no reading of its "
+                     "matrix sorts; state positions='rows' or 'columns' and "
+                     "descending=True or False")
 
 # %% ../../nbs/core/08_adapters.ipynb #9894c80d
 @torch.no_grad()
@@ -111,8 +130,10 @@ def _convention_of_two(relax, y, log):
         P = P.exp() if log else P
         ascending = float((P[0].diagonal().sum() - P[1].diagonal().sum())/2)
         rows, columns = (float((P.sum(d) - 1).abs().amax()) for d in (-1, -2))
-        if abs(ascending) > 0.1: return "columns" if columns < rows - 1e-3 else "rows", ascending < 0
-    raise ValueError("positions: expected a relaxed sort whose convention can be found out, but its matrix does not "
+        if abs(ascending) > 0.1:
+            return "columns" if columns < rows - 1e-3 else "rows", ascending < 0
+    raise ValueError("positions: expected a relaxed sort whose convention can be found "
+                     "out, but its matrix does not "
                      "depend on the order; state positions and descending")
 
 # %% ../../nbs/core/08_adapters.ipynb #e85a21d9
@@ -132,24 +153,28 @@ class _PermutationLoss(nn.Module):
         return _to_rows(_matrix(self.relax, y), *self.convention)
 
     def forward(self, y, target):
-        "Loss of every sample; `target` holds labels `(N, n)` or true permutations `(N, n, n)`"
+        "Loss of every sample; `target` is labels `(N, n)` or permutations `(N, n, n)`"
         P = self.permutation(y)
         T = true_permutation(target).to(P) if target.ndim == y.ndim else target.to(P)
-        return self.loss(P, T) if callable(self.loss) else ranking_loss(P, T, self.loss, self.log)
+        return self.loss(P, T) if callable(self.loss) else ranking_loss(P, T, self.loss,
+                                                                        self.log)
 
 # %% ../../nbs/core/08_adapters.ipynb #d574fd48
 def permutation_loss(
-    relax:Callable,            # Maps scores (N, n) to permutations (N, n, n), or to a tuple that ends with them
-    loss:str|Callable="cross_entropy", # Kind of `ranking_loss`, or a function of (P, P_true) with shape (N,)
-    positions:str="auto",      # Axis of the matrix that counts positions: "rows", "columns", or "auto" to find out
-    descending:bool|None=None, # Does the largest come first? Needed unless positions="auto"
+    relax:Callable,  # Scores (N, n) to permutations (N, n, n), or a tuple that ends so
+    loss:str|Callable="cross_entropy", # Kind of `ranking_loss`, or f(P, P_true)
+    positions:str="auto",      # Axis of positions: "rows", "columns", or "auto"
+    descending:bool|None=None, # Largest first? Needed unless positions="auto"
     log:bool=False,            # Does `relax` return log P?
-) -> nn.Module:                # Loss of (scores, labels) or (scores, true permutations), shape (N,)
+) -> nn.Module:  # Loss of (scores, labels) or (scores, true permutations), shape (N,)
     "Make a per-sample loss of any relaxed sort"
-    if not callable(relax): raise TypeError(f"relax: expected a function, got {type(relax).__name__}")
+    if not callable(relax):
+        raise TypeError(f"relax: expected a function, got {type(relax).__name__}")
     if positions not in ("auto", "rows", "columns"):
-        raise ValueError(f"positions: expected auto, rows or columns, got {positions!r}")
+        raise ValueError(
+            f"positions: expected auto, rows or columns, got {positions!r}")
     if (positions == "auto") != (descending is None): raise ValueError(
-        f"descending: expected True or False with positions='rows' or 'columns', got {descending} with {positions!r}")
+        f"descending: expected True or False with positions='rows' or 'columns', got "
+        f"{descending} with {positions!r}")
     if not callable(loss): ranking_loss(*[torch.eye(1)]*2, loss)
     return _PermutationLoss(relax, loss, positions, descending, log)

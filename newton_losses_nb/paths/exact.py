@@ -23,7 +23,8 @@ def _slices(
     h, w = min(n, cost.shape[0]), min(n, cost.shape[1])
     up, mid, down = (d[i:i+h, :w+2] for i in range(3))
     left, centre, right = (col[:h, j:j+w] for j in range(3))
-    return up, mid, down, col[:h, :w+2], left, centre, right, best[:h, :w], cost[:h, :w], d[1:h+1, 1:w+1]
+    return up, mid, down, col[:h, :w+2], left, centre, right, best[:h, :w], cost[
+        :h, :w], d[1:h+1, 1:w+1]
 
 def _sweep(up, mid, down, col, left, centre, right, best, cost, inner):
     "Cost of each cell plus the smallest distance in its 3 x 3 neighbourhood, in place"
@@ -43,7 +44,8 @@ class _Sweeps:
         scratch = new(H, W + 2), new(H, W)
         corners = [_slices(self.cost, self.d, *scratch, n) for n in range(3, self.n, 3)]
         self.corners = [o for o in corners for _ in range(3)]
-        self.whole, self.inner = _slices(self.cost, self.d, *scratch, self.n), self.d[1:-1, 1:-1]
+        self.whole, self.inner = _slices(self.cost, self.d, *scratch,
+                                         self.n), self.d[1:-1, 1:-1]
 
     def start(self, cost):
         "Read the costs, `(B, H, W)` (adding 0 turns -0 into 0)"
@@ -75,10 +77,11 @@ class _Sweeps:
 def _distances(
     cost:Float[Tensor, "B H W"],     # Costs, at least 0; infinite ones are walls
     n_iter:int|None=None,            # Number of sweeps; None: until nothing changes
-) -> tuple:                          # `(B+1, H+2, W+2)`, an empty map in front, borders of infinity; which are settled
+) -> tuple:  # `(B+1, H+2, W+2)`, the first empty; which are settled
     "Cost of the cheapest path to each cell"
     B, H, W = cost.shape
-    d, settled = cost.new_full((B + 1, H + 2, W + 2), torch.inf), torch.ones(B, dtype=torch.bool, device=cost.device)
+    d, settled = cost.new_full((B + 1, H + 2, W + 2), torch.inf), torch.ones(
+        B, dtype=torch.bool, device=cost.device)
     cells = 2**17//cost.element_size() if cost.device.type == "cpu" else 2**22
     chunk = max(1, min(B, cells//(H*W)))
     sweeps = _Sweeps(cost, chunk)
@@ -98,7 +101,7 @@ NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
 # %% ../../nbs/paths/00_exact.ipynb #08c9304b
 def _predecessors(
     d:Float[Tensor, "H2 W2 B"],    # Distances with a border, H2 = H + 2
-) -> tuple:                        # Number of the neighbour `(H, W, B)`, and its distance
+) -> tuple:  # Number of the neighbour `(H, W, B)`, and its distance
     "First of the nearest neighbours of each cell, in row-major order"
     best = _shift(d, *NEIGHBOURS[0])
     which = torch.zeros_like(best, dtype=torch.int64)
@@ -112,12 +115,13 @@ def _shift(d, i, j): return d[1+i:d.shape[0]-1+i, 1+j:d.shape[1]-1+j]
 
 # %% ../../nbs/paths/00_exact.ipynb #d7a61e0d
 def _walk(
-    which:Tensor,                  # Number of the neighbour that each cell is reached from, `(H, W, B)`
+    which:Tensor,  # Number of the neighbour that each cell is reached from, `(H, W, B)`
 ) -> Tensor:                       # Cells on the path, `(H, W, B)`, bool
     "Follow the predecessors from the bottom right corner to the top left one"
     H, W, B = which.shape
     steps = torch.tensor([i*W + j for i, j in NEIGHBOURS], device=which.device)
-    before = (torch.arange(H*W, device=which.device)[:, None] + steps[which.reshape(H*W, B)])
+    before = (torch.arange(H*W, device=which.device)[:, None]
+              + steps[which.reshape(H*W, B)])
     before[0] = 0
     at = torch.full((1, B), H*W - 1, device=which.device)
     path = torch.zeros(H*W, B, dtype=torch.bool, device=which.device)
@@ -140,7 +144,8 @@ def _hops(
     while True:
         before = hops.clone()
         for t, o in zip(tight, NEIGHBOURS):
-            torch.minimum(inner, torch.where(t, _shift(hops, *o) + 1, torch.inf), out=inner)
+            torch.minimum(inner, torch.where(t, _shift(hops, *o) + 1, torch.inf),
+                          out=inner)
         if torch.equal(hops, before): return hops
 
 def _off_plateaus(d, which, best):
@@ -149,7 +154,8 @@ def _off_plateaus(d, which, best):
     flat[0, 0] = False
     if not flat.any(): return which
     hops = _hops(d, best)
-    rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf) for o in NEIGHBOURS])
+    rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf)
+                        for o in NEIGHBOURS])
     return torch.where(flat, rank.argmin(0), which)
 
 # %% ../../nbs/paths/00_exact.ipynb #3bb46b12
@@ -162,9 +168,9 @@ def _careful_walk(
 
 # %% ../../nbs/paths/00_exact.ipynb #6c63209d
 def _fast_walk(
-    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner of the border is overwritten
-    n_iter:int|None=None,             # Number of steps; None: until all have arrived, or met a plateau
-) -> tuple:                           # 1 on the path, `(B, H, W)`; maps that met a plateau or did not arrive, `(B,)`
+    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner is overwritten
+    n_iter:int|None=None,             # Steps; None: until all arrive or meet a plateau
+) -> tuple:                           # Paths `(B, H, W)`; which maps failed, `(B,)`
     "The walk back, looking at no cells but those beside the path"
     B, H, W, flat = len(d) - 1, d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
     d[1:, 0, 0].fill_(-1)
@@ -178,7 +184,9 @@ def _fast_walk(
         best, k = flat.index_select(0, (at + steps).view(-1)).view(8, B).min(0)
         at = at + steps.view(-1).index_select(0, k)
         trail.append(at); near.append(best)
-        if n_iter is None and i >= max(H, W) and i % 3 == 0 and ((at <= start) | (best == near[-2])).all(): break
+        if n_iter is None and i >= max(H, W) and i % 3 == 0 and (
+            (at <= start) | (best == near[-2])).all():
+            break
     path, near = torch.zeros_like(d), torch.stack(near)
     path.view(-1).index_fill_(0, torch.cat(trail), 1)
     return path[1:, 1:-1, 1:-1], (near[1:] == near[:-1]).any(0) | (at > start)
@@ -186,8 +194,8 @@ def _fast_walk(
 # %% ../../nbs/paths/00_exact.ipynb #9a84f485
 def shortest_path(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0; infinite: a wall
-    n_iter:int|None=None,              # Sweeps, and steps back, without a look at the numbers; None: as many as needed
-) -> Float[Tensor, "*batch H W"]:      # 1 on the path, 0 elsewhere, in the dtype of `cost`
+    n_iter:int|None=None,              # Fixed number of sweeps; None: as needed
+) -> Float[Tensor, "*batch H W"]:  # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
     if n_iter is not None: _check_steps(n_iter)
     check_grid("cost", cost)
@@ -254,14 +262,16 @@ def check_grid(name, x, floating=True):
 
 def check_same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(
-        f"{name}: expected the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
+        f"{name}: expected the shape of {other}, {tuple(y.shape)}, "
+        f"got {tuple(x.shape)}")
 
 def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/paths/00_exact.ipynb #5c0e1a77
 def _check_steps(n_iter):
     if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
-        raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got {n_iter!r}")
+        raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got "
+                         f"{n_iter!r}")
 
 def _check_cost(cost):
     if cost.detach().amin() >= 0: return
@@ -274,13 +284,15 @@ def _check_cost(cost):
 def _refuse_map(cost, reached, first, batch):
     "Why the first map whose goal is not reached has no path"
     k = int((~reached).nonzero()[0])
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first + k), batch or (1,)))
+    index = tuple(int(i)
+                  for i in torch.unravel_index(torch.tensor(first + k), batch or (1,)))
     name = f"map {index if len(index) > 1 else index[0]}" if batch else "the map"
     c = cost[k]
     for corner, end in (("top left", c[0, 0]), ("bottom right", c[-1, -1])):
         if end.isinf(): raise ValueError(f"cost: expected finite costs at both ends, "
                                          f"got a wall in the {corner} corner of {name}")
-    if _distances(torch.where(c.isinf(), c, 0.)[None])[0][1, -2, -2].isinf(): raise ValueError(
+    if _distances(torch.where(c.isinf(), c, 0.)[None])[0][1, -2, -2].isinf():
+        raise ValueError(
         f"cost: expected a path around the walls (infinite costs), {name} has none")
     raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, "
                      f"got one beyond {torch.finfo(cost.dtype).max:.1e} on {name}")
@@ -305,8 +317,8 @@ def exact_path_match(
 # %% ../../nbs/paths/00_exact.ipynb #9b21b99a
 def is_valid_path(
     path:Shaped[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
-) -> Bool[Tensor, "*batch"]:           # Does it lead from corner to corner? Loops are not found
-    "Whether cells lead from the top left to the bottom right corner, in one piece and without dead ends"
+) -> Bool[Tensor, "*batch"]:           # Corner to corner? Loops are not found
+    "Whether cells lead from corner to corner, in one piece, without dead ends"
     check_grid("path", path, floating=False)
     H, W = path.shape[-2:]
     grid = path.detach().reshape(-1, H, W).permute(1, 2, 0).contiguous()
@@ -314,8 +326,10 @@ def is_valid_path(
     border = F.pad(on.to(torch.int8), (0, 0, 1, 1, 1, 1))
     touches = sum(_shift(border, *o) for o in NEIGHBOURS)
     touches[0, 0] += 1; touches[-1, -1] += 1
-    walls = torch.full(on.shape, torch.inf, dtype=torch.float32, device=on.device).masked_fill_(on, 1)
-    reached = _distances(walls.permute(2, 0, 1))[0][1:, 1:-1, 1:-1].isfinite().permute(1, 2, 0)
+    walls = torch.full(on.shape, torch.inf, dtype=torch.float32,
+                       device=on.device).masked_fill_(on, 1)
+    reached = _distances(walls.permute(2, 0, 1))[0][1:, 1:-1,
+                                                    1:-1].isfinite().permute(1, 2, 0)
     good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
     return (good.flatten(0, 1).all(0) & on[0, 0] & on[-1, -1]).reshape(path.shape[:-2])
 
@@ -323,7 +337,7 @@ def is_valid_path(
 def regret(
     cost:Float[Tensor, "*batch H W"],  # True costs
     path:Shaped[Tensor, "*batch H W"], # Predicted path
-) -> Float[Tensor, "*batch"]:          # At least 0 for a path from corner to corner, in the unit of `cost`
+) -> Float[Tensor, "*batch"]:          # At least 0 for a path, in the unit of `cost`
     "What a predicted path costs more than the cheapest one"
     check_same_shape("path", path, "cost", cost)
     return path_cost(cost, path) - path_cost(cost, shortest_path(cost))
@@ -331,7 +345,7 @@ def regret(
 def cost_optimality(
     cost:Float[Tensor, "*batch H W"],  # True costs
     path:Shaped[Tensor, "*batch H W"], # Predicted path
-    rel:float=1e-3,                    # Accepted excess, as a fraction of the smallest cost
+    rel:float=1e-3,  # Accepted excess, as a fraction of the smallest cost
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
     check_same_shape("path", path, "cost", cost)

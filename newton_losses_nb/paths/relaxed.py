@@ -27,7 +27,7 @@ def _relaxed_distances(
     cost:Float[Tensor, "B H W"],  # Costs
     beta:float,                   # Inverse temperature
     n_iter:int,                   # Number of sweeps
-) -> Float[Tensor, "B 8 H W"]:    # Probability that the path to a cell comes from each of its neighbours
+) -> Float[Tensor, "B 8 H W"]:    # Probability to come from each neighbour
     "Weights of the last sweep of relaxed Bellman-Ford"
     far = -beta*_far(cost, beta)
     border = F.pad(torch.zeros_like(cost), (1, 1, 1, 1), value=1.)*far
@@ -41,9 +41,10 @@ def _relaxed_distances(
     return pi
 
 def _far(cost, beta):
-    "A distance beyond all others that still leaves room for second derivatives; one per grid"
+    "A distance beyond all others, with room for second derivatives; one per grid"
     most = torch.finfo(cost.dtype).max/(16*max(beta, 1.))
-    return (1e4*cost.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1.)).clamp(max=most)
+    return (1e4*cost.detach().abs().amax((-2, -1),
+                                         keepdim=True).clamp(min=1.)).clamp(max=most)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #e54050fd
 _T_CONORMS = {
@@ -54,38 +55,47 @@ _T_CONORMS = {
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
 def _inflow(
-    pi:Float[Tensor, "B 8 H W"],  # Probability that the path to a cell comes from each of its neighbours
-) -> Float[Tensor, "B 8 H W"]:    # Probability with which each neighbour comes from this cell
+    pi:Float[Tensor, "B 8 H W"],  # Probability to come from each neighbour
+) -> Float[Tensor, "B 8 H W"]:    # Probability that a neighbour comes from here
     "Transpose of the predecessors' weights"
     padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
-    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W] for k, (i, j) in enumerate(NEIGHBOURS)], 1)
+    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
+                        for k, (i, j) in enumerate(NEIGHBOURS)], 1)
 
 def _plain_walk(cost, beta, n_iter, steps):
     "Where the soft walk is at each step, `(B, H, W)` each, after `n_iter` sweeps"
     weights = _inflow(_relaxed_distances(cost, beta, n_iter))
     at = [torch.zeros_like(cost)]
     at[0][:, -1, -1] = 1
-    for _ in range(steps - 1): at.append((weights*_near(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
+    for _ in range(steps - 1):
+        at.append((weights*_near(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
     return at
 
 # %% ../../nbs/paths/01_relaxed.ipynb #a2c97c5e
 class _Flat:
-    "Grids `(H, W)` in flat memory: cells `(C, B)` with C = H(W+2), padded by an edge of W+3"
-    def __init__(self, B, H, W): self.B, self.H, self.W, self.C, self.edge = B, H, W, H*(W + 2), W + 3
+    "Grids in flat memory: cells `(C, B)`, C = H(W+2), padded by an edge of W+3"
+    def __init__(self, B, H, W):
+        self.B, self.H, self.W, self.C, self.edge = B, H, W, H*(W + 2), W + 3
 
     def padded(self, value):
         "Cells with their edges, filled with a value for each grid"
         return value.expand(self.C + 2*self.edge, self.B).contiguous()
 
     def inner(self, x): return x.narrow(0, self.edge, self.C)
-    def border(self, x): return x.view(*x.shape[:-2], self.H, self.W + 2, self.B)[..., self.W:, :]
-    def grids(self, x): return x.view(*x.shape[:-2], self.H, self.W + 2, self.B)[..., :self.W, :].movedim(-1, -3)
-    def moved(self, x): return [x.narrow(0, self.edge + i*(self.W + 2) + j, self.C) for i, j in NEIGHBOURS]
+    def border(self, x):
+        return x.view(*x.shape[:-2], self.H, self.W + 2, self.B)[..., self.W:, :]
+    def grids(self, x):
+        return x.view(*x.shape[:-2], self.H, self.W + 2,
+                      self.B)[..., :self.W, :].movedim(-1, -3)
+    def moved(self, x):
+        return [x.narrow(0, self.edge + i*(self.W + 2) + j, self.C)
+                for i, j in NEIGHBOURS]
 
     def look_around(self, x, out):
         "Copy the neighbours of all cells, `(8, C, B)`"
         B, W, start = self.B, self.W, x.storage_offset()
-        for part, first, step in ((out[:3], 0, 1), (out[3:5], W + 2, 2), (out[5:], 2*W + 4, 1)):
+        for part, first, step in ((out[:3], 0, 1), (out[3:5], W + 2, 2),
+                                  (out[5:], 2*W + 4, 1)):
             part.copy_(x.as_strided(part.shape, (step*B, B, 1), start + first*B))
         return out
 
@@ -93,7 +103,8 @@ class _Flat:
 def _walk_forward(cost, beta, n_iter, steps):
     "Where the walk is at each step, `(C, B)` each; and what to keep"
     flat, far = _Flat(*cost.shape), (-beta*_far(cost, beta))[:, 0, 0]
-    step, u, e = cost.new_zeros(flat.C, flat.B), *(cost.new_empty(8, flat.C, flat.B) for _ in range(2))
+    step, u, e = cost.new_zeros(flat.C, flat.B), *(cost.new_empty(8, flat.C, flat.B)
+                                                   for _ in range(2))
     flat.grids(step).copy_(beta*cost)
     scores = [flat.padded(far)]
     flat.inner(scores[0])[0] = 0
@@ -132,7 +143,8 @@ def _walk_backward(g, at, shape, kept, beta):
     "Gradient of the costs, `(B, H, W)`"
     (pi, step, *scores), flat = kept, _Flat(*shape)
     u, e, zero = torch.empty_like(pi), torch.empty_like(pi), pi.new_zeros(flat.B)
-    g_pi, g_step, padded = torch.zeros_like(pi), torch.zeros_like(step), flat.padded(zero)
+    g_pi, g_step, padded = torch.zeros_like(pi), torch.zeros_like(step), flat.padded(
+        zero)
     now, moved = flat.inner(padded), flat.moved(padded)
     now.copy_(g[-1])
     for k in range(len(at) - 1, 0, -1):
@@ -156,7 +168,8 @@ def _needs_plain(x):
     batched = torch._C._functorch.is_legacy_batchedtensor(x)
     transformed = batched or torch._C._are_functorch_transforms_active()
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or type(x) is not Tensor or transformed or forward_mode
+    return torch.compiler.is_compiling() or type(
+        x) is not Tensor or transformed or forward_mode
 
 # %% ../../nbs/paths/01_relaxed.ipynb #06634162
 class _Walk(torch.autograd.Function):
@@ -169,13 +182,16 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *g):
-        (cost, *kept), settings, again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
+        cost, *kept = ctx.saved_tensors
+        settings, again = ctx.settings, torch.is_grad_enabled()
         at, kept = kept[:len(g)], kept[len(g):]
         if not again and not _needs_plain(g[0]):
-            return _walk_backward(g, at, cost.shape, kept, settings[0]), None, None, None
+            first = _walk_backward(g, at, cost.shape, kept, settings[0])
+            return first, None, None, None
         with torch.enable_grad(): plain = _plain_walk(cost, *settings)
         g = [_Flat(*cost.shape).grids(o) for o in g]
-        return torch.autograd.grad(plain[1:], cost, g[1:], create_graph=again)[0], None, None, None
+        first, = torch.autograd.grad(plain[1:], cost, g[1:], create_graph=again)
+        return first, None, None, None
 
 def _soft_walk(cost, beta, n_iter, steps):
     "Where the walk is at each step, and what makes grids `(B, H, W)` of that"
@@ -187,13 +203,14 @@ def _soft_walk(cost, beta, n_iter, steps):
 def _while_mean(
     tracked:Float[Tensor, "K B H W"], # Tracked path after each step
     beta:float,                       # Inverse temperature of the loop's condition
-    epsilon:float,                    # Stop when no grid goes on with more than this probability
-) -> Float[Tensor, "B H W"]:          # Their mean, weighted with the probability of ending there
+    epsilon:float,                    # Stop when none goes on with more
+) -> Float[Tensor, "B H W"]: # Their mean, weighted with the probability of ending there
     "Result of a relaxed while-loop with a fixed number of steps"
     start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
     before, after = left[:-1], left[1:]
-    on = before.detach().amax(1, keepdim=True) > epsilon if before.numel() else before > 0
+    on = before.detach().amax(1,
+                              keepdim=True) > epsilon if before.numel() else before > 0
     last = on & ~F.pad(on[1:], (0, 0, 0, 1))
     weight = (before - after)*on + after*last
     return (weight[..., None, None]*tracked).sum(0)
@@ -202,21 +219,23 @@ def _while_mean(
 def relaxed_bellman_ford(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell
     beta:float,                        # Inverse temperature β: large is sharp
-    n_iter:int|None=None,              # Number of sweeps; None: H + W, enough for any path with fewer steps
-    loop:str="for",                    # Walk back `n_iter` steps ("for"), or until the start is reached ("while")
-    t_conorm:str="probabilistic",      # How the path collects cells, or "hamacher" or "yager" (parameter 1)
+    n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
+    loop:str="for",  # "for": `n_iter` steps back; "while": to the start
+    t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager" (1)
     q:float=5.,                        # Parameter of the Hamacher T-conorm, at least 0
     max_iter:int|None=None,            # Steps of the "while" walk; None: n_iter + 16
-    epsilon:float=0.,                  # End the "while" walk once no grid goes on with more than this probability
-) -> Float[Tensor, "*batch H W"]:      # How much each cell belongs to the path, between 0 and 1
-    "Shortest path by the relaxed Bellman-Ford algorithm (Petersen et al., NeurIPS 2021)"
+    epsilon:float=0.,  # End the "while" walk once none goes on with more
+) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
+    "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
     _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon)
     beta = float(beta)
     H, W = cost.shape[-2:]
     n = H + W if n_iter is None else n_iter
-    at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n, n if loop == "for" else max_iter or n + 16)
+    at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n,
+                           n if loop == "for" else max_iter or n + 16)
     tracked = list(itertools.accumulate(at, lambda a, b: _T_CONORMS[t_conorm](a, b, q)))
-    path = grids(tracked[-1]) if loop == "for" else _while_mean(grids(torch.stack(tracked)), beta, epsilon)
+    path = grids(tracked[-1]) if loop == "for" else _while_mean(
+        grids(torch.stack(tracked)), beta, epsilon)
     return path.reshape(cost.shape).to(cost.dtype)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #d681f3b8
@@ -232,12 +251,17 @@ def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
     for name, n in (("n_iter", n_iter), ("max_iter", max_iter)):
         whole = n is None or isinstance(n, int) and not isinstance(n, bool) and n >= 1
         if not whole:
-            raise ValueError(f"{name}: expected a whole number, at least 1, or None, got {n!r}")
-    if loop not in ("for", "while"): raise ValueError(f"loop: expected 'for' or 'while', got {loop!r}")
+            raise ValueError(f"{name}: expected a whole number, at least 1, or None, "
+                             f"got {n!r}")
+    if loop not in ("for", "while"):
+        raise ValueError(f"loop: expected 'for' or 'while', got {loop!r}")
     if not q >= 0: raise ValueError(f"q: expected a number, at least 0, got {q!r}")
-    if not 0 <= epsilon < 1: raise ValueError(f"epsilon: expected a number, at least 0 and below 1, got {epsilon!r}")
-    if t_conorm not in _T_CONORMS: raise ValueError(
-        f"t_conorm: expected one of {', '.join(_T_CONORMS)}, got {t_conorm!r}")
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon: expected a number, at least 0 and below 1, got "
+                         f"{epsilon!r}")
+    if t_conorm not in _T_CONORMS:
+        raise ValueError(f"t_conorm: expected one of {', '.join(_T_CONORMS)}, got "
+                         f"{t_conorm!r}")
 
 # %% ../../nbs/paths/01_relaxed.ipynb #d8e30603
 def path_loss(
@@ -248,8 +272,10 @@ def path_loss(
 ) -> Float[Tensor, "N"]:            # One loss per sample
     "How far paths are from the true ones"
     check_same_shape("path", path, "target", target)
-    if kind not in ("l1", "l2"): raise ValueError(f"kind: expected 'l1' or 'l2', got {kind!r}")
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    if kind not in ("l1", "l2"):
+        raise ValueError(f"kind: expected 'l1' or 'l2', got {kind!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     diff = (path - target.to(path.dtype)).flatten(1)
     diff = diff.abs() if kind == "l1" else diff.square()
     return diff.mean(1) if reduction == "mean" else diff.sum(1)

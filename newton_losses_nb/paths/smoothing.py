@@ -93,7 +93,8 @@ def _number(name, x, least=0.):
     known = tensor or isinstance(x, Real) and not isinstance(x, bool)
     value = float(x) if known else float("nan")
     if not least < value < float("inf"):
-        raise ValueError(f"{name}: expected a {'positive ' if least == 0 else ''}number, got {x!r}")
+        raise ValueError(f"{name}: expected a "
+                         f"{'positive ' if least == 0 else ''}number, got {x!r}")
     return value
 
 def _floor(x): return None if x is None else _number("floor", x, -float("inf"))
@@ -109,14 +110,18 @@ _BASELINES = "leave_one_out", "value", "none"
 def _check_noise(o):
     for name, known in (("baseline", _BASELINES), ("distribution", DISTRIBUTIONS)):
         if (value := getattr(o, name)) not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got "
+                             f"{value!r}")
     if o.antithetic and o.distribution != "gaussian": raise ValueError(
-        f"antithetic: expected False with {o.distribution} noise, which is not symmetric")
+        f"antithetic: expected False with {o.distribution} noise, which is not "
+        f"symmetric")
     if o.fixed is None: return
     known = isinstance(o.fixed, Tensor) and o.fixed.is_floating_point()
     if not known or o.fixed.ndim not in (2, 3):
-        got = tuple(o.fixed.shape) if isinstance(o.fixed, Tensor) else type(o.fixed).__name__
-        raise ValueError(f"fixed: expected a floating-point tensor (N, S, m) or (S, m), got {got}")
+        got = tuple(o.fixed.shape) if isinstance(o.fixed,
+                                                 Tensor) else type(o.fixed).__name__
+        raise ValueError(f"fixed: expected a floating-point tensor (N, S, m) or (S, "
+                         f"m), got {got}")
     S = o.fixed.shape[-2]
     if o.samples not in (Noise.samples, S): raise ValueError(
         f"samples: expected {S}, as many as fixed has, or none given, got {o.samples}")
@@ -149,13 +154,15 @@ def draw_noise(
 def _check_rows_of(y):
     if isinstance(y, Tensor) and y.is_floating_point() and y.ndim >= 2: return
     got = (tuple(y.shape), y.dtype) if isinstance(y, Tensor) else type(y).__name__
-    raise ValueError(f"y: expected a floating-point tensor of shape (N, ...), got {got}")
+    raise ValueError(
+        f"y: expected a floating-point tensor of shape (N, ...), got {got}")
 
 def _fixed_for(y, m, fixed):
     if fixed.shape[-1] == m and (fixed.ndim == 2 or len(fixed) == len(y)):
         return fixed.to(y).expand(len(y), *fixed.shape[-2:])
     raise ValueError(
-        f"fixed: expected shape ({len(y)}, S, {m}) or (S, {m}), got {tuple(fixed.shape)} "
+        f"fixed: expected shape ({len(y)}, S, {m}) or (S, {m}), got "
+        f"{tuple(fixed.shape)} "
         f"(where a batch is cut, by chunk_size, it must be (S, {m}))")
 
 # %% ../../nbs/paths/02_smoothing.ipynb #63e06433
@@ -190,7 +197,7 @@ def _smoothed(name, algorithm, y, noise, args):
 
 # %% ../../nbs/paths/02_smoothing.ipynb #ad7ef6fa
 def _sample(name, algorithm, y, noise, args):
-    "Results `(N, S, ...)` at the noisy points, the same minus the baseline, and the noise"
+    "Results `(N, S, ...)` at noisy points, those minus the baseline, the noise"
     e = draw_noise(y, noise)
     def at(e): return _call(name, algorithm, y, noise.sigma*e, args)
     def at_y(): return at(torch.zeros_like(e[:, :1]))[:, 0]
@@ -230,30 +237,34 @@ def _run(name, algorithm, points, args):
         raise
     _check_tensor(name, f)
     if f.shape[:1] != (n,): raise ValueError(
-        f"{name}: expected a tensor with one row for each of the {n} rows it was given, "
+        f"{name}: expected a tensor with one row for each of the {n} rows it was "
+        f"given, "
         f"got shape {tuple(f.shape)} ({called})")
     return f
 
 def _check_tensor(name, f):
     if not isinstance(f, Tensor): raise TypeError(
-        f"{name}: expected a torch tensor, got {type(f).__module__}.{type(f).__name__}: "
+        f"{name}: expected a torch tensor, got "
+        f"{type(f).__module__}.{type(f).__name__}: "
         "return torch.as_tensor(...)")
 
 def _check_losses(name, loss, y):
     "Return the losses, if there is one for each row"
     _check_tensor(name, loss)
-    if loss.shape != y.shape[:1]: raise ValueError(f"{name}: expected one loss per sample, "
-        f"shape ({len(y)},), got {tuple(loss.shape)}; do not reduce it (reduction='none')")
+    if loss.shape != y.shape[:1]:
+        raise ValueError(f"{name}: expected one loss per sample, "
+        f"shape ({len(y)},), got {tuple(loss.shape)}; do not reduce it "
+        f"(reduction='none')")
     return loss
 
 # %% ../../nbs/paths/02_smoothing.ipynb #a752947a
 def smoothed_loss(
-    loss_of_algorithm:Callable, # Maps `(batch, ...)` and `args` to `(batch,)`, without gradient
+    loss_of_algorithm:Callable, # Maps `(batch, ...)`, `args` to `(batch,)`
     y:Float[Tensor, "N ..."],   # Its inputs, one row per sample
     noise:Noise=Noise(),        # What noise is added
     args:tuple=(),              # Further arguments; tensors with N rows are repeated
 ) -> Float[Tensor, "N"]:        # Mean losses, with score-function derivatives
-    "Mean of a black-box loss under noise (stochastic smoothing), differentiable to any order"
+    "Mean of a black-box loss under noise, differentiable to any order"
     loss = _smoothed("loss_of_algorithm", loss_of_algorithm, y, noise, args)
     return _check_losses("loss_of_algorithm", loss, y)
 
@@ -264,13 +275,15 @@ def _bend(y, g, noise, sigma, baseline, antithetic, kind):
     q = _ratio_minus_1(y, noise, sigma, kind)
     delta = (y - y.detach())[:, None]
     slope = (g*delta).sum(-1)
-    return (g*q[..., None] + (slope*(q + 1))[..., None]*kind.score(noise - delta/sigma)/sigma).mean(1)/2
+    return (g*q[..., None] + (slope*(q + 1))[..., None]*kind.score(
+        noise - delta/sigma)/sigma).mean(1)/2
 
 class _Expansion(torch.autograd.Function):
     "A value with an estimated gradient, and an estimated Hessian where it is asked for"
     generate_vmap_rule = True
     @staticmethod
-    def forward(y, loss, G, g, noise, sigma, baseline, antithetic, kind): return loss.clone()
+    def forward(y, loss, G, g, noise, sigma, baseline, antithetic, kind):
+        return loss.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -286,7 +299,8 @@ class _Expansion(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, y, *_):
-        return ((ctx.saved_tensors[1] + _bend(ctx.saved_tensors[0], *ctx.saved_tensors[2:], *ctx.settings))*y).sum(1)
+        return ((ctx.saved_tensors[1] + _bend(
+            ctx.saved_tensors[0], *ctx.saved_tensors[2:], *ctx.settings))*y).sum(1)
 
 # %% ../../nbs/paths/02_smoothing.ipynb #39447ec8
 def fenchel_young_loss(
@@ -297,7 +311,7 @@ def fenchel_young_loss(
     maximize:bool=False,            # Does the solver look for the largest ⟨w, y⟩?
     floor:float|None=None,          # Least cost that the solver sees; others are raised
 ) -> Float[Tensor, "N"]:            # Loss of each sample, at least 0
-    "Fenchel-Young loss of a perturbed solver (Berthet et al., NeurIPS 2020), differentiable twice"
+    "Fenchel-Young loss of a perturbed solver (Berthet et al., NeurIPS 2020)"
     floor, kind = _floor(floor), DISTRIBUTIONS[noise.distribution]
     loss, G, g, baseline, e = _fenchel_young(solver, y, y_true, noise, maximize, floor)
     settings = noise.sigma, baseline, noise.antithetic, kind
@@ -305,7 +319,7 @@ def fenchel_young_loss(
 
 # %% ../../nbs/paths/02_smoothing.ipynb #36f42612
 def _fenchel_young(solver, y, y_true, noise, maximize, floor):
-    "Loss, gradient, gradients of the noisy copies, the baseline yet to take off, the noise"
+    "Loss, gradient, gradients of the noisy copies, the baseline, the noise"
     if y_true.shape != y.shape: raise ValueError(
         f"y_true: expected the shape of y, {tuple(y.shape)}, got {tuple(y_true.shape)}")
     e, w_true = draw_noise(y, noise), y_true.detach().to(y.dtype).flatten(1)[:, None]
@@ -341,7 +355,8 @@ def _weighted_hessian(
     "Score-function estimate of a Hessian"
     s, S = kind.score(noise), noise.shape[1]
     outer = torch.einsum("nsi,nsj->nij", weight[..., None]*s, s)
-    return (outer + torch.diag_embed((weight[..., None]*kind.curvature(noise)).sum(1)))/(S*sigma**2)
+    return (outer + torch.diag_embed(
+        (weight[..., None]*kind.curvature(noise)).sum(1)))/(S*sigma**2)
 
 # %% ../../nbs/paths/02_smoothing.ipynb #ef52763e
 class _NoisyLoss:
@@ -364,7 +379,7 @@ def _outer_derivatives(loss_fn, a, args, hessian):
 class SmoothedLoss(_NoisyLoss):
     "Stochastic smoothing of a black-box loss, with its own gradient and Hessian"
     def __init__(self,
-        loss_of_algorithm:Callable, # Maps `(batch, m)` and further arguments to `(batch,)`
+        loss_of_algorithm:Callable, # Maps `(batch, m)` and more to `(batch,)`
         noise:Noise=Noise(),        # What noise is added
     ):
         self.loss_of_algorithm = loss_of_algorithm
@@ -397,7 +412,7 @@ class SmoothedAlgorithmLoss(_NoisyLoss):
     "A differentiable loss of a smoothed algorithm, with its own gradient and Hessian"
     def __init__(self,
         algorithm:Callable,        # Maps `(batch, m)` to `(batch, k)`, without gradient
-        loss_fn:Callable,          # Differentiable; mean results `(N, k)` and more to `(N,)`
+        loss_fn:Callable,  # Differentiable; mean results `(N, k)` and more to `(N,)`
         noise:Noise=Noise(),       # What noise is added
         gauss_newton:bool=False,   # Leave out the algorithm's own second derivatives?
     ):
@@ -471,7 +486,7 @@ class FenchelYoungLoss(_NoisyLoss):
 
 # %% ../../nbs/paths/02_smoothing.ipynb #403c11b9
 class _Blackbox(torch.autograd.Function):
-    "Forward the solver; backward the difference to its solution for costs moved along the gradient"
+    "Forward the solver; backward the difference to its solution for moved costs"
     @staticmethod
     def forward(ctx, y, solver, lam, floor):
         w = solver(y if floor is None else y.clamp(min=floor))
@@ -485,13 +500,15 @@ class _Blackbox(torch.autograd.Function):
     def backward(ctx, g):
         y, w = ctx.saved_tensors
         moved = y + ctx.lam*g
-        return -(w - ctx.solver(moved if ctx.floor is None else moved.clamp(min=ctx.floor)))/ctx.lam, None, None, None
+        return -(w - ctx.solver(moved if ctx.floor is None
+                                else moved.clamp(
+                                    min=ctx.floor)))/ctx.lam, None, None, None
 
 def blackbox(
-    solver:Callable,          # Maps costs `(batch, ...)` to the best solutions `(batch, ...)`, smallest ⟨w, y⟩
+    solver:Callable,          # Maps costs to best solutions, smallest ⟨w, y⟩
     y:Float[Tensor, "N ..."], # Costs
-    lam:float=20.,            # Interpolation λ: how far costs are moved along the gradient
-    floor:float|None=1e-3,    # Least cost that the solver may see; smaller ones are raised to it
+    lam:float=20.,            # Interpolation λ: how far costs are moved
+    floor:float|None=1e-3,    # Least cost for the solver; others are raised
 ) -> Float[Tensor, "N ..."]:  # The exact solutions, with a gradient
     "Solve, and differentiate by solving once more (Vlastelica et al., ICLR 2020)"
     return _Blackbox.apply(y, solver, _number("lam", lam), _floor(floor))
@@ -500,10 +517,10 @@ def blackbox(
 class BlackboxLoss:
     "A differentiable loss of a solver's result, by blackbox differentiation"
     def __init__(self,
-        solver:Callable,     # Maps costs `(batch, m)` to the best solutions `(batch, m)`, smallest ⟨w, y⟩
-        loss_fn:Callable,    # Per-sample loss of the solution, `(N, m)` and further arguments to `(N,)`; differentiable
+        solver:Callable,     # Maps costs to best solutions, smallest ⟨w, y⟩
+        loss_fn:Callable,    # Differentiable loss of each solution
         lam:float=20.,       # Interpolation λ
-        floor:float|None=1e-3, # Least cost that the solver may see; smaller ones are raised to it
+        floor:float|None=1e-3, # Least cost for the solver; others are raised
     ):
         self.solver, self.loss_fn = solver, loss_fn
         self.lam, self.floor = _number("lam", lam), _floor(floor)
@@ -524,8 +541,9 @@ class BlackboxLoss:
         hessian:bool=True,       # Hessians too?
     ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)` and gradients `(N, m)`; there is no Hessian"
-        if hessian: raise ValueError("loss_fn: blackbox differentiation has no second derivative; "
-                                     "use curvature='fisher'")
+        if hessian:
+            raise ValueError("loss_fn: blackbox differentiation has no second "
+                             "derivative; use curvature='fisher'")
         y = y.detach().requires_grad_()
         w = blackbox(self.solver, y, self.lam, self.floor)
         loss, dL, _ = _outer_derivatives(self.loss_fn, w.detach(), args, False)

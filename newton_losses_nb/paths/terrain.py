@@ -51,43 +51,54 @@ class Maps:
         return new
 
 # %% ../../nbs/paths/03_terrain.ipynb #0626c99a
-def _check_shapes(images, costs, paths, names=('Maps: images', 'Maps: costs', 'Maps: paths')):
+def _check_shapes(images, costs, paths,
+                  names=('Maps: images', 'Maps: costs', 'Maps: paths')):
     "Raise a `ValueError` unless these are pictures, costs and paths of the same maps"
-    for name, x, kind in zip(names, (images, costs, paths), (torch.uint8, torch.float32, torch.float32)):
+    for name, x, kind in zip(names, (images, costs, paths),
+                             (torch.uint8, torch.float32, torch.float32)):
         if x.dtype != kind: raise ValueError(f"{name} must be {kind}, got {x.dtype}")
     picture, grid = tuple(images.shape), tuple(costs.shape)
     if len(picture) != 4 or picture[1] != 3 or picture[2] != picture[3]:
         raise ValueError(f"{names[0]} must have shape (N, 3, P, P), got {picture}")
-    if len(grid) != 3: raise ValueError(f"{names[1]} must have shape (N, H, W), got {grid}")
+    if len(grid) != 3:
+        raise ValueError(f"{names[1]} must have shape (N, H, W), got {grid}")
     if len(images) == 0: raise ValueError(f"{names[0]}: no maps")
     if tuple(paths.shape) != grid:
-        raise ValueError(f"{names[2]} must have the shape of the costs, {grid}, got {tuple(paths.shape)}")
+        raise ValueError(f"{names[2]} must have the shape of the costs, {grid}, got "
+                         f"{tuple(paths.shape)}")
     if grid[0] != picture[0]:
-        raise ValueError(f"{names[0]}: {picture[0]:,} pictures but {grid[0]:,} cost grids")
+        raise ValueError(f"{names[0]}: {picture[0]:,} pictures but {grid[0]:,} cost "
+                         f"grids")
     if 0 in grid or picture[2] % grid[1] or picture[2] % grid[2]:
-        raise ValueError(f"{names[0]}: {picture[2]} pixels cannot be cut into {grid[1]} x {grid[2]} tiles")
+        raise ValueError(f"{names[0]}: {picture[2]} pixels cannot be cut into "
+                         f"{grid[1]} x {grid[2]} tiles")
 
 # %% ../../nbs/paths/03_terrain.ipynb #35ea3357
 def _refuse(name, bad, found):
     "Raise a `ValueError` that names the first map with something bad, and what was found there"
     if not bad.any(): return
-    i = bad.flatten(1).any(1).long().argmax().item() if bad.ndim > 1 else bad.long().argmax().item()
+    i = bad.flatten(1).any(
+        1).long().argmax().item() if bad.ndim > 1 else bad.long().argmax().item()
     raise ValueError(f"{name}: map {i}: {found(i)}")
 
 def _check_costs(costs, name='Maps: costs'):
     good = (costs > 0) & costs.isfinite()
-    _refuse(name, ~good, lambda i: f"must be positive and finite, found {costs[i][~good[i]][0].item()}")
+    _refuse(name, ~good, lambda i: f"must be positive and finite, found "
+                                   f"{costs[i][~good[i]][0].item()}")
 
 def _check_zero_one(paths, name='Maps: paths'):
     good = (paths == 0) | (paths == 1)
-    _refuse(name, ~good, lambda i: f"must be 0 or 1, found {paths[i][~good[i]][0].item()}")
+    _refuse(name, ~good,
+            lambda i: f"must be 0 or 1, found {paths[i][~good[i]][0].item()}")
 
 def _check_index(index):
     "A slice, or a list or tensor of indices in one dimension; no number, since maps stay a batch"
     if isinstance(index, slice): return index
-    which = torch.as_tensor(index) if isinstance(index, (list, np.ndarray, Tensor)) else None
+    which = torch.as_tensor(index) if isinstance(index,
+                                                 (list, np.ndarray, Tensor)) else None
     if which is None or which.ndim != 1 or which.is_floating_point() and len(which):
-        raise ValueError(f"index: expected a slice or several indices, got {index!r}; for one map [i:i+1]")
+        raise ValueError(f"index: expected a slice or several indices, got {index!r}; "
+                         f"for one map [i:i+1]")
     return which if len(which) else which.long()
 
 # %% ../../nbs/paths/03_terrain.ipynb #e9f9be18
@@ -101,7 +112,8 @@ def _random_bytes(
     "Random bytes that depend on seed, number of the map and part only"
     size = math.prod(shape)
     keys = [np.array([seed, i], dtype=np.uint64) for i in range(start, start + n)]
-    words = [np.random.Philox(key=k, counter=[0, 0, 0, part]).random_raw(-(-size//8)) for k in keys]
+    words = [np.random.Philox(key=k, counter=[0, 0, 0, part]).random_raw(-(-size//8))
+             for k in keys]
     return np.stack(words).astype('<u8').view(np.uint8)[:, :size].reshape(n, *shape)
 
 # %% ../../nbs/paths/03_terrain.ipynb #84e194e2
@@ -114,7 +126,8 @@ def _noise(
     x = raw.astype(np.int32) - 128
     for _ in range(rows): x = x[..., 1:, :] + x[..., :-1, :]
     for _ in range(cols): x = x[..., 1:] + x[..., :-1]
-    return x*64 // round(math.sqrt(math.comb(2*rows, rows)*math.comb(2*cols, cols)*(256**2 - 1)/12))
+    return x*64 // round(
+        math.sqrt(math.comb(2*rows, rows)*math.comb(2*cols, cols)*(256**2 - 1)/12))
 
 # %% ../../nbs/paths/03_terrain.ipynb #eca8893a
 def _classes(
@@ -177,13 +190,14 @@ def _stretch(
         field = x.reshape(*x.shape[:-2], -1).swapaxes(-1, -2)
     return field//tile**2
 
-_PALETTE = np.array([[94, 130, 56], [134, 112, 68], [66, 98, 46], [58, 92, 104], [118, 112, 98]], np.int32)
+_PALETTE = np.array([[94, 130, 56], [134, 112, 68], [66, 98, 46], [58, 92, 104],
+                     [118, 112, 98]], np.int32)
 
 def _colours(
     seed:int,   # Seed of the data set
     start:int,  # Number of the first map
     n:int,      # How many maps
-) -> tuple[np.ndarray, np.ndarray]: # Colours of the terrains `(n, 5, 3)`, and light `(n, 3)`; 256 is normal
+) -> tuple[np.ndarray, np.ndarray]: # Colours `(n, 5, 3)`, light `(n, 3)`; 256: normal
     "The colours of a map, and its light"
     x = _random_bytes((24,), seed, start, n, 2).astype(np.int32) - 128
     palette = _PALETTE + (16*x[:, :5, None] + 9*x[:, 5:20].reshape(n, 5, 3))//128
@@ -200,10 +214,12 @@ def _paint(
     "Put colour on the textures"
     n, side = len(pixels), pixels.shape[1]//tile + 5
     palette, light = _colours(seed, start, n)
-    fields = _stretch(_noise(_random_bytes((2, side, side), seed, start, n, 3), 4, 4), tile)
+    fields = _stretch(_noise(_random_bytes((2, side, side), seed, start, n, 3), 4, 4),
+                      tile)
     shade += fields[:, 0]*24//128
     shade[:, 1:] -= (pixels[:, 1:] != pixels[:, :-1])*np.int32(18)
-    which, out = pixels + 5*np.arange(n)[:, None, None], np.empty((n, 3, *pixels.shape[1:]), np.uint8)
+    which, out = pixels + 5*np.arange(n)[:, None, None], np.empty(
+        (n, 3, *pixels.shape[1:]), np.uint8)
     for k, dry in enumerate((9, 3, -9)):
         colour = palette[..., k].reshape(-1)[which] + shade + fields[:, 1]*dry//64
         out[:, k] = np.clip(colour*light[:, k, None, None]//256, 0, 255)
@@ -220,7 +236,8 @@ def _source(size, seed, tile=8):
 def _whole(name, value, low):
     "An integer that is not too small"
     if isinstance(value, Integral) and low <= value < 2**63: return int(value)
-    raise ValueError(f"{name} must be an integer at least {low} (and below 2**63), got {value!r}")
+    raise ValueError(f"{name} must be an integer at least {low} (and below 2**63), got "
+                     f"{value!r}")
 
 def _draw(
     size:int,   # Tiles a side
@@ -254,23 +271,27 @@ def terrain_maps(
         k = min(step, n - i)
         images[i:i+k], kinds[i:i+k] = _draw(size, seed, start + i, k, tile)
     costs = _COSTS[torch.from_numpy(kinds).long()]
-    return Maps(torch.from_numpy(images), costs, shortest_path(costs), _source(size, seed, tile))
+    return Maps(torch.from_numpy(images), costs, shortest_path(costs),
+                _source(size, seed, tile))
 
 # %% ../../nbs/paths/03_terrain.ipynb #fb9d82a6
 def _load_cached(file, source, shape):
     "Maps from a cache file, or `None` if it is missing, damaged, or of other maps"
     try:
         with np.load(file, allow_pickle=False) as z:
-            maps = Maps(*(torch.from_numpy(z[k]) for k in ('images', 'costs', 'paths')), str(z['source']))
+            maps = Maps(*(torch.from_numpy(z[k]) for k in ('images', 'costs', 'paths')),
+                        str(z['source']))
         return maps if maps.source == source and maps.costs.shape == shape else None
     except Exception: return None
 
 def _save_cached(file, maps):
     "Write a cache file whole or not at all; a directory that cannot be written is no error"
-    tmp, arrays = None, {k: getattr(maps, k).numpy() for k in ('images', 'costs', 'paths')}
+    tmp, arrays = None, {k: getattr(maps, k).numpy()
+                         for k in ('images', 'costs', 'paths')}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.tmp', delete=False) as f:
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.tmp',
+                                         delete=False) as f:
             tmp = f.name
             np.savez(f, source=maps.source, **arrays)
         os.replace(tmp, file)
@@ -283,12 +304,13 @@ def cached_maps(
     size:int=12,                  # Tiles a side, at least 2
     seed:int=0,                   # Seed of the data set
     start:int=0,                  # Number of the first map
-    cache_dir:str|Path|None=None, # Where maps are kept; default: the operating system's cache directory
+    cache_dir:str|Path|None=None, # Where maps are kept; default: the system's cache
     least:int=100_000,            # Keep maps if they have this many tiles together
-) -> Maps:                        # The same as `terrain_maps(n, size, seed, start=start)`
+) -> Maps:  # The same as `terrain_maps(n, size, seed, start=start)`
     "Terrain maps, from a file if they were made before"
     make = lambda: terrain_maps(n, size, seed, start=start)
-    if not all(isinstance(o, Integral) for o in (n, size, seed, start)) or n*size*size < least: return make()
+    if not all(isinstance(o, Integral)
+               for o in (n, size, seed, start)) or n*size*size < least: return make()
     name = f'terrain-v{TERRAIN_VERSION}-size-{size}-seed-{seed}-from-{start}-n-{n}.npz'
     file = cache_folder(cache_dir)/name
     maps = _load_cached(file, _source(size, seed), (n, size, size))
@@ -309,15 +331,21 @@ def _find_folder(
     "Find the official files in a directory or in its folders"
     data_dir = Path(data_dir).expanduser()
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"data directory {data_dir} does not exist or is no directory")
+        raise FileNotFoundError(f"data directory {data_dir} does not exist or is no "
+                                f"directory")
     grid = f'{size}x{size}'
     folders = [data_dir, data_dir/grid, data_dir/'warcraft_shortest_path_oneskin'/grid]
-    folder = next((f for f in folders if any((f/name).is_file() for name in _FILES)), None)
+    folder = next((f for f in folders if any((f/name).is_file() for name in _FILES)),
+                  None)
     if folder is None:
-        raise FileNotFoundError(f"{data_dir}: expected {', '.join(_FILES)}, here or in {grid} or in "
-                                f"warcraft_shortest_path_oneskin/{grid}, found none of them")
+        raise FileNotFoundError(f"{data_dir}: expected {', '.join(_FILES)}, here or in "
+                                f"{grid} or in "
+                                f"warcraft_shortest_path_oneskin/{grid}, found none of "
+                                f"them")
     missing = [name for name in _FILES if not (folder/name).is_file()]
-    if missing: raise FileNotFoundError(f"{folder}: missing {', '.join(missing)} of the nine official files")
+    if missing:
+        raise FileNotFoundError(f"{folder}: missing {', '.join(missing)} of the nine "
+                                f"official files")
     return folder
 
 # %% ../../nbs/paths/03_terrain.ipynb #85f98e92
@@ -328,26 +356,29 @@ def _read_npy(
     try: x = np.load(file, mmap_mode='r', allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as e:
         raise ValueError(f"{file}: not a readable .npy file ({e})") from e
-    if not isinstance(x, np.ndarray): raise ValueError(f"{file}: expected one array (.npy), found an archive")
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"{file}: expected one array (.npy), found an archive")
     return x
 
 # %% ../../nbs/paths/03_terrain.ipynb #bb6dbbf9
 def _check_labels(
     costs:Float[Tensor, "N H W"], # Costs of the tiles
     paths:Float[Tensor, "N H W"], # Labels, 0 or 1
-    name:str,                     # Name of the file of the labels, for the error messages
+    name:str,  # Name of the file of the labels, for the error messages
     rel:float=1e-3,               # Accepted excess, as a fraction of the smallest cost
 ):
     "Raise a `ValueError` unless each label is a cheapest path"
     corners = (paths[:, 0, 0] == 1) & (paths[:, -1, -1] == 1)
-    _refuse(name, ~corners, lambda i: "the path must hold the top left and the bottom right tile")
+    _refuse(name, ~corners,
+            lambda i: "the path must hold the top left and the bottom right tile")
     exact = shortest_path(costs)
     bad = (paths != exact).flatten(1).any(1)
     bad[bad.clone()] = ~is_valid_path(paths[bad])
     _refuse(name, bad, lambda i: "the tiles are no path from corner to corner")
     found, best = path_cost(costs, paths), path_cost(costs, exact)
     _refuse(name, found > best*(1 + rel),
-            lambda i: f"the path costs {found[i].item():.4f}, the cheapest one {best[i].item():.4f}")
+            lambda i: f"the path costs {found[i].item():.4f}, the cheapest one "
+                      f"{best[i].item():.4f}")
 
 # %% ../../nbs/paths/03_terrain.ipynb #410d705f
 def _read_part(
@@ -360,7 +391,8 @@ def _read_part(
     images, paths, costs = (_read_npy(file) for file in files)
     _check_arrays(files, images, paths, costs)
     images = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order='C'))
-    paths, wide = (torch.from_numpy(x.astype(t)) for x, t in ((paths, np.float32), (costs, np.float64)))
+    paths, wide = (torch.from_numpy(x.astype(t))
+                   for x, t in ((paths, np.float32), (costs, np.float64)))
     names = [str(file) for file in files]
     _check_costs(wide, names[2])
     _check_half(wide, names[2])
@@ -381,14 +413,17 @@ def _check_arrays(files, images, paths, costs):
         if not (picture if x is images else x.ndim == 3):
             raise ValueError(f"{file}: expected shape ({shape}), got {x.shape}")
     if not len(images) == len(paths) == len(costs):
-        counts = ', '.join(f"{file.name} has {len(x):,}" for file, x in zip(files, (images, paths, costs)))
-        raise ValueError(f"{files[0].parent}: the files of one part must have as many maps: {counts}")
+        counts = ', '.join(f"{file.name} has {len(x):,}"
+                           for file, x in zip(files, (images, paths, costs)))
+        raise ValueError(f"{files[0].parent}: the files of one part must have as many "
+                         f"maps: {counts}")
 
 _TYPES = ('uint8', 'u'), ('numbers 0 and 1', 'biuf'), ('float16', 'f')
 
 def _check_half(costs, name):
     good = costs == costs.half().double()
-    _refuse(name, ~good, lambda i: f"{costs[i][~good[i]][0].item()} is no number of half precision (float16)")
+    _refuse(name, ~good, lambda i: f"{costs[i][~good[i]][0].item()} is no number of "
+                                   f"half precision (float16)")
 
 # %% ../../nbs/paths/03_terrain.ipynb #19ec6c19
 def warcraft(
@@ -398,10 +433,14 @@ def warcraft(
     "Read the official Warcraft files, and check them"
     folder = _find_folder(data_dir, size)
     parts = {name: _read_part(folder, part) for name, part in _PARTS.items()}
-    shapes = {name: (tuple(m.images.shape[1:]), tuple(m.costs.shape[1:])) for name, m in parts.items()}
-    if len(set(shapes.values())) > 1: raise ValueError(f"{folder}: maps of different sizes: {shapes}")
-    grid, mark = 'x'.join(map(str, parts['train'].costs.shape[1:])), _fingerprint(folder)
-    for m in parts.values(): m.source = f"warcraft (official files, {grid}, sha256 {mark})"
+    shapes = {name: (tuple(m.images.shape[1:]), tuple(m.costs.shape[1:]))
+              for name, m in parts.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{folder}: maps of different sizes: {shapes}")
+    grid, mark = 'x'.join(map(str,
+                              parts['train'].costs.shape[1:])), _fingerprint(folder)
+    for m in parts.values():
+        m.source = f"warcraft (official files, {grid}, sha256 {mark})"
     return parts
 
 def _fingerprint(folder):
@@ -420,10 +459,14 @@ def _fetch_archive(top, progress, url, known):
     "The archive, downloaded with pooch unless it is there; or an error that names the way out"
     pooch = need('pooch')
     get = pooch.HTTPDownloader(progressbar=progress, timeout=30)
-    try: return Path(pooch.retrieve(url, known, 'warcraft_maps.tar.gz', top, downloader=get))
+    try:
+        return Path(pooch.retrieve(url, known, 'warcraft_maps.tar.gz', top,
+                                   downloader=get))
     except (OSError, ValueError) as e:
-        raise ConnectionError(f"could not download the Warcraft maps from {url} ({type(e).__name__}: {e}). "
-                              "If you have the official files, name their directory with --data-dir "
+        raise ConnectionError(f"could not download the Warcraft maps from {url} "
+                              f"({type(e).__name__}: {e}). "
+                              "If you have the official files, name their directory "
+                              "with --data-dir "
                               "(data_dir=...)") from e
 
 # %% ../../nbs/paths/03_terrain.ipynb #4292ffdc
@@ -433,23 +476,28 @@ def _extract(
     folder:Path,  # Where the nine files shall lie; it may be there or not
 ):
     "Take the nine files out of the archive: all of them or none"
-    with tempfile.TemporaryDirectory(dir=archive.parent) as tmp, tarfile.open(archive) as tar:
+    with tempfile.TemporaryDirectory(dir=archive.parent) as tmp, tarfile.open(
+        archive) as tar:
         found, home = {}, None
         for member in tar:
             place, _, name = member.name.rpartition('/')
-            if place.split('/')[-1] != grid or name not in _FILES or not member.isfile(): continue
+            if place.split('/')[
+                -1] != grid or name not in _FILES or not member.isfile():
+                continue
             if name in found or place != (home or place): continue
             found[name], home = Path(tmp)/name, place
-            with tar.extractfile(member) as f, open(found[name], 'wb') as to: shutil.copyfileobj(f, to, 2**20)
+            with tar.extractfile(member) as f, open(found[name], 'wb') as to:
+                shutil.copyfileobj(f, to, 2**20)
             if len(found) == len(_FILES): break
         missing = [name for name in _FILES if name not in found]
-        if missing: raise ValueError(f"{archive}: no {', '.join(missing)} in a folder {grid}")
+        if missing:
+            raise ValueError(f"{archive}: no {', '.join(missing)} in a folder {grid}")
         folder.mkdir(parents=True, exist_ok=True)
         for name, file in found.items(): os.replace(file, folder/name)
 
 # %% ../../nbs/paths/03_terrain.ipynb #7166a9ec
 def download_warcraft(
-    cache_dir:str|Path|None=None, # Where the files are kept; default: the operating system's cache directory
+    cache_dir:str|Path|None=None, # Where files are kept; default: the system's cache
     size:int=12,                  # Tiles a side: 12, 18, 24 or 30
     progress:bool=True,           # Show a progress bar?
     _url:str=_ARCHIVE_URL,        # Address of the archive
@@ -457,12 +505,15 @@ def download_warcraft(
 ) -> Path:                        # The folder for `warcraft`
     "Download the official maps of one size, unless they are there"
     if size not in (12, 18, 24, 30):
-        raise ValueError(f"size: official maps have 12, 18, 24 or 30 tiles a side, got {size!r}")
+        raise ValueError(f"size: official maps have 12, 18, 24 or 30 tiles a side, got "
+                         f"{size!r}")
     top = cache_folder(cache_dir)/'warcraft'
     folder = top/f'{size}x{size}'
     if all((folder/name).is_file() for name in _FILES): return folder
     try: top.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(f"cache directory {top} cannot be made ({e}); choose another") from e
+    except OSError as e:
+        raise OSError(
+            f"cache directory {top} cannot be made ({e}); choose another") from e
     archive = _fetch_archive(top, progress, _url, _hash)
     try: _extract(archive, folder.name, folder)
     except (tarfile.TarError, EOFError, zlib.error) as e:
@@ -472,22 +523,24 @@ def download_warcraft(
 
 # %% ../../nbs/paths/03_terrain.ipynb #67a3849b
 def load_maps(
-    data:str='terrain',           # 'terrain' (generated, offline) or 'warcraft' (downloaded once)
-    data_dir:str|Path|None=None,  # Directory with the official files; `data` is then not used
+    data:str='terrain', # 'terrain' (generated, offline) or 'warcraft' (downloaded once)
+    data_dir:str|Path|None=None,  # Folder of official files, instead of `data`
     train:int|None=2000,          # Most maps to train on; None: all official ones
     valid:int|None=500,           # Most maps to choose by
     test:int|None=500,            # Most maps to report
     size:int=12,                  # Tiles a side
     seed:int=0,                   # Seed of generated maps
-    cache_dir:str|Path|None=None, # Where maps are kept; default: the operating system's cache directory
-) -> dict[str, Maps]:             # 'train', 'valid' and 'test', which have no map in common
+    cache_dir:str|Path|None=None, # Where maps are kept; default: the system's cache
+) -> dict[str, Maps]:  # 'train', 'valid' and 'test', which have no map in common
     "Load maps to train on, to choose by, and to report"
     counts = dict(train=train, valid=valid, test=test)
     for name, n in counts.items():
         if n is not None: check_count(name, n)
-    if data_dir is None and data == 'terrain': return _load_terrain(counts, size, seed, cache_dir)
+    if data_dir is None and data == 'terrain':
+        return _load_terrain(counts, size, seed, cache_dir)
     if data_dir is None and data != 'warcraft':
-        raise ValueError(f"unknown data {data!r}, expected 'terrain' or 'warcraft' (or give data_dir)")
+        raise ValueError(f"unknown data {data!r}, expected 'terrain' or 'warcraft' (or "
+                         f"give data_dir)")
     folder = download_warcraft(cache_dir, size) if data_dir is None else data_dir
     return {name: m[:counts[name]] for name, m in warcraft(folder, size).items()}
 
@@ -496,5 +549,7 @@ _STARTS = dict(train=0, valid=2**40, test=2**41)
 def _load_terrain(counts, size, seed, cache_dir):
     "Generated maps for the three parts"
     for name, n in counts.items():
-        if n is None: raise ValueError(f"{name} must be a number for generated maps, got None")
-    return {name: cached_maps(n, size, seed, _STARTS[name], cache_dir) for name, n in counts.items()}
+        if n is None:
+            raise ValueError(f"{name} must be a number for generated maps, got None")
+    return {name: cached_maps(n, size, seed, _STARTS[name], cache_dir)
+            for name, n in counts.items()}

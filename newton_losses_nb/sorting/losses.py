@@ -16,36 +16,40 @@ from torch import Tensor, nn
 
 from ..core.derivatives import NonFiniteError
 from newton_losses_nb.sorting.relaxations import (
-    centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss, soft_sort,
+    centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss,
+    soft_sort,
     true_permutation)
 from .networks import SIGMOIDS, comparators, network_derivatives, sorting_network
 
 # %% ../../nbs/sorting/02_losses.ipynb #52625f3a
-_all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort", "sorting_network",
-         "true_permutation"]
+_all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort",
+         "sorting_network", "true_permutation"]
 
 # %% ../../nbs/sorting/02_losses.ipynb #e421e6b3
 class SortingLoss(nn.Module):
     "Per-sample loss of scores `(N, n)` for a true permutation `(N, n, n)`"
     def __init__(
         self,
-        relaxation:str="neural_sort", # "neural_sort", "soft_sort", or a relaxation of `sorting_network`
-        kind:str="cross_entropy",     # Loss on the permutation matrix, see `ranking_loss`
+        relaxation:str="neural_sort", # "neural_sort", "soft_sort", or of a network
+        kind:str="cross_entropy",  # Loss on the permutation matrix, see `ranking_loss`
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
         network:str="odd_even",       # Comparisons of a sorting network
-        fuse:bool=False,              # Let `torch.compile` fuse the derivatives of NeuralSort and SoftSort?
+        fuse:bool=False,              # Let `torch.compile` fuse derivatives? Needs a compiler
     ):
         super().__init__()
         choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **SIGMOIDS}
-        if relaxation not in choices: raise ValueError(
-            f"relaxation: expected one of {', '.join(choices)}, got {relaxation!r}")
+        if relaxation not in choices:
+            raise ValueError(f"relaxation: expected one of {', '.join(choices)}, got "
+                             f"{relaxation!r}")
         check_positive("tau", tau); check_positive("steepness", steepness)
-        self.relaxation, self.kind, self.tau, self.steepness, self.network = relaxation, kind, tau, steepness, network
+        self.relaxation, self.kind, self.tau = relaxation, kind, tau
+        self.steepness, self.network = steepness, network
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
         comparators(2, network)
-        if self.log and type(self).forward is SortingLoss.forward: self.derivatives = self._derivatives
+        if self.log and type(self).forward is SortingLoss.forward:
+            self.derivatives = self._derivatives
         self.fuse = fuse
 
     def permutation(
@@ -61,21 +65,21 @@ class SortingLoss(nn.Module):
     def forward(
         self,
         s:Float[Tensor, "*batch n"],         # Scores
-        P_true:Float[Tensor, "*batch n n"],  # True permutation matrices, from `true_permutation`
+        P_true:Float[Tensor, "*batch n n"],  # From `true_permutation`
     ) -> Float[Tensor, "*batch"]:            # One value for each set
         "Loss of every sample"
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 
     def extra_repr(self):
-        steep = f"steepness={self.steepness}, network={self.network!r}"
-        scale = f"tau={self.tau}" if self.relaxation in _SOFTMAX else steep
+        scale = f"steepness={self.steepness}, network={self.network!r}"
+        if self.relaxation in _SOFTMAX: scale = f"tau={self.tau}"
         return f"{self.relaxation!r}, kind={self.kind!r}, {scale}"
 
 # %% ../../nbs/sorting/02_losses.ipynb #463cee40
 def _cross_entropy_rows(
     L:Float[Tensor, "n n N"],  # Logits
     T:Float[Tensor, "n n N"],  # True permutation
-) -> tuple:                    # n times: losses (N,), gradients and diagonals (n, n, N), rows U and what weighs UA
+) -> tuple:                    # Losses, gradients, diagonals, U, weights
     "Cross-entropy of row-softmax weights, with derivatives in the logits"
     log_P, r = L.log_softmax(1), T.sum(1, keepdim=True)
     P = log_P.exp()
@@ -86,7 +90,7 @@ def _cross_entropy_rows(
 def _bce_rows(
     L:Float[Tensor, "n n N"],  # Logits
     T:Float[Tensor, "n n N"],  # True permutation
-) -> tuple:                    # n² times: losses (N,), gradients and diagonals (n, n, N), rows U and what weighs UA
+) -> tuple:                    # Losses, gradients, diagonals, U, weights
     "Binary cross-entropy of row-softmax weights, with derivatives in the logits"
     n, (best, place) = len(L), L.max(1, keepdim=True)
     top = place == torch.arange(n, device=L.device)[:, None]
@@ -99,7 +103,8 @@ def _bce_rows(
     missed = (1 - T - f).sum(1, keepdim=True)
     a, wQ = f/R, near*(missed/S)
     b, h = a/R, e*(n/Z - a.sum(1, keepdim=True) + a) - wQ
-    loss = (n*Z.log() - missed*others).sum((0, 1)) - (T*(L - best) + f*R.log()).sum((0, 1))
+    loss = (n*Z.log() - missed
+            *others).sum((0, 1)) - (T*(L - best) + f*R.log()).sum((0, 1))
     def weigh(X):
         E, bE, Q = X.split(n)
         return torch.cat([(b.sum(1, keepdim=True) - n/Z**2)*E - bE, -E, Q*missed])
@@ -107,10 +112,12 @@ def _bce_rows(
 
 # %% ../../nbs/sorting/02_losses.ipynb #cfe3300a
 def _contract(A, B):
-    "Σ_l A[i, l] B[l, j] for each sample: by hand where it is small or will be fused, else as a matrix product"
+    "Σ_l A[i, l] B[l, j] for each sample: by hand where small or fused"
     few = len(A)*B.shape[0]*B.shape[1] <= 1000
-    if few or torch.compiler.is_compiling(): return (A.transpose(0, 1).unsqueeze(2)*B.unsqueeze(1)).sum(0)
-    return (A.permute(2, 0, 1).contiguous() @ B.permute(2, 0, 1).contiguous()).permute(1, 2, 0)
+    if few or torch.compiler.is_compiling():
+        return (A.transpose(0, 1).unsqueeze(2)*B.unsqueeze(1)).sum(0)
+    return (A.permute(2, 0, 1).contiguous() @ B.permute(2, 0, 1).contiguous()).permute(
+        1, 2, 0)
 
 def _neural_derivatives(z, T, rows, hessian):
     "Loss, gradient and Hessian in the scaled scores, the samples last"
@@ -120,7 +127,8 @@ def _neural_derivatives(z, T, rows, hessian):
     loss, g, d, U, weigh = rows(c*z - D.abs().sum(1), T)
     M = -D.sign()
     M.diagonal().sub_(M.sum(1).T)
-    if not hessian: return loss, (c*g).sum(0) - _contract(g.sum(0, keepdim=True), M)[0], None
+    if not hessian:
+        return loss, (c*g).sum(0) - _contract(g.sum(0, keepdim=True), M)[0], None
     UM, cd = _contract(torch.cat([U, g.sum(0, keepdim=True)]), M), c*d
     X, K = (U.unflatten(0, (-1, n))*c).flatten(0, 1) - UM[:-1], cd.sum(0).unsqueeze(1)*M
     weighed = torch.cat([weigh(X), d.sum(0).unsqueeze(1)*M])
@@ -160,12 +168,16 @@ def _derivatives(
     "Losses, gradients, and Hessians if wanted"
     check_ranking((*s.shape, *s.shape[-1:]), P_true, self.kind, s.device)
     if self.relaxation not in _SOFTMAX:
-        return network_derivatives(s, P_true, self.kind, self.network, self.relaxation, self.steepness, hessian)
+        return network_derivatives(s, P_true, self.kind, self.network, self.relaxation,
+                                   self.steepness, hessian)
     z = centred(s, 1/self.tau)
     n, T = z.shape[-1], P_true.to(z.dtype)
-    if n == 1: return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(*z.shape, 1) if hessian else None
+    if n == 1:
+        return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(
+            *z.shape, 1) if hessian else None
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
-    loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(), _ROWS[self.kind], hessian)
+    loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(),
+                      _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
     H = H.permute(2, 0, 1)/(entries*self.tau**2) if hessian else None
     return loss/entries, G.mT/(entries*self.tau), H
@@ -193,13 +205,18 @@ def element_match(
 # %% ../../nbs/sorting/02_losses.ipynb #59df15de
 def _same_place(scores, labels):
     if scores.shape != labels.shape:
-        raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
+        raise ValueError(f"labels: expected the shape of scores, "
+                         f"{tuple(scores.shape)}, got {tuple(labels.shape)}")
     for name, x in (("scores", scores), ("labels", labels)):
-        if x.isnan().any(): raise NonFiniteError(f"{name}: expected numbers, got {int(x.isnan().sum())} NaN")
+        if x.isnan().any():
+            raise NonFiniteError(f"{name}: expected numbers, got "
+                                 f"{int(x.isnan().sum())} NaN")
     order = scores.argsort(dim=-1, stable=True)
-    return (order == labels.argsort(dim=-1, stable=True)) & ~_undecided(scores, labels).gather(-1, order)
+    return (order == labels.argsort(dim=-1, stable=True)) & ~_undecided(
+        scores, labels).gather(-1, order)
 
 def _undecided(scores, labels):
     "Elements with the score of another one whose label differs"
-    equal, differ = (f(x.unsqueeze(-1), x.unsqueeze(-2)) for f, x in ((torch.eq, scores), (torch.ne, labels)))
+    equal, differ = (f(x.unsqueeze(-1), x.unsqueeze(-2))
+                     for f, x in ((torch.eq, scores), (torch.ne, labels)))
     return (equal & differ).any(-1)

@@ -30,7 +30,8 @@ def _transport_start(z):
     n = z.shape[-1]
     anchor = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device)
     d = z.unsqueeze(-1) - z.unsqueeze(-2)
-    return anchor.unsqueeze(-1)*z.unsqueeze(-2) - (d - log_sigmoid(2*d)).sum(-1).unsqueeze(-2)
+    return anchor.unsqueeze(-1)*z.unsqueeze(-2) - (d - log_sigmoid(2*d)).sum(
+        -1).unsqueeze(-2)
 
 def _sinkhorn(L, n_iter):
     for _ in range(n_iter): L = L.log_softmax(-1).log_softmax(-2)
@@ -39,11 +40,11 @@ def _sinkhorn(L, n_iter):
 # %% ../../nbs/sorting/03_more.ipynb #c90f8dfa
 def sinkhorn_sort(
     s:Float[Tensor, "*batch n"],  # Scores; not normalised
-    eps:float=1.,                 # Regularisation ε, in units of the scores; towards 0 the sort gets hard
+    eps:float=1.,                 # Regularisation ε, in units of the scores
     n_iter:int=20,                # Rounds of column and row normalisation
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
-    "Relaxed permutation matrix from entropic optimal transport (Cuturi, Teboul & Vert, NeurIPS 2019)"
+    "Relaxed permutation from optimal transport (Cuturi et al., NeurIPS 2019)"
     check_positive("eps", eps)
     if not isinstance(n_iter, int) or n_iter < 0:
         raise ValueError(f"n_iter: expected a whole number, at least 0, got {n_iter!r}")
@@ -63,7 +64,7 @@ def _isotonic(y):
 # %% ../../nbs/sorting/03_more.ipynb #28f04d5d
 def soft_rank(
     s:Float[Tensor, "*batch n"],  # Scores
-    eps:float=1.,                 # Regularisation ε, in units of the scores; towards 0 ranks get hard
+    eps:float=1.,  # Regularisation ε, in units of the scores; towards 0 ranks get hard
 ) -> Float[Tensor, "*batch n"]:   # Soft rank of each input, from 1 (smallest) to n
     "Ranks softened by a projection on the permutahedron (Blondel et al., ICML 2020)"
     check_positive("eps", eps)
@@ -74,7 +75,8 @@ def soft_rank(
     v = _isotonic((z - rank).detach())
     same = (v.unsqueeze(-1) == v.unsqueeze(-2)).to(z.dtype)
     block_mean = lambda x: (same*x.unsqueeze(-2)).sum(-1)/same.sum(-1)
-    return (block_mean(rank) + (z - block_mean(z))).gather(-1, order.argsort(-1)).to(s.dtype)
+    return (block_mean(rank)
+            + (z - block_mean(z))).gather(-1, order.argsort(-1)).to(s.dtype)
 
 # %% ../../nbs/sorting/03_more.ipynb #2aae5106
 def rank_loss(
@@ -84,9 +86,11 @@ def rank_loss(
     "Mean squared distance of ranks from the true ones, per sample"
     if ranks.ndim == 0 or ranks.shape != ranks_true.shape:
         got = f"{tuple(ranks.shape)}, got {tuple(ranks_true.shape)}"
-        raise ValueError(f"ranks_true: expected the shape of ranks, (..., n), here {got}")
+        raise ValueError(f"ranks_true: expected the shape of ranks, (..., n), here "
+                         f"{got}")
     if ranks.device != ranks_true.device:
-        raise ValueError(f"ranks_true: expected a tensor on {ranks.device}, got {ranks_true.device}")
+        raise ValueError(f"ranks_true: expected a tensor on {ranks.device}, got "
+                         f"{ranks_true.device}")
     ranks = ranks.float() if ranks.dtype in (torch.float16, torch.bfloat16) else ranks
     return (ranks - ranks_true.to(ranks.dtype)).square().mean(-1)
 
@@ -95,7 +99,7 @@ def _merge(yes, if_true, no, if_false):
     return log_add_exp(yes + if_true, no + if_false, (if_true - if_false) + (yes - no))
 
 def _compare(x, rows, i, beta):
-    "Relaxed `if x[i] > x[i+1]: swap` on lists of places, in place; returns log p and log(1 − p)"
+    "Relaxed `if x[i] > x[i+1]: swap`, in place; returns log p and log(1 − p)"
     v = (beta*(x[i] - x[i+1])).clamp(-1e10, 1e10)
     yes, no = log_sigmoid(v), log_sigmoid(-v)
     p, (a, b) = yes.exp(), rows[i:i+2]
@@ -107,11 +111,12 @@ def _compare(x, rows, i, beta):
 def _passes(
     s:Float[Tensor, "*batch n"], # Scores
     beta:float,                  # Inverse temperature β
-) -> Iterator[tuple]:            # log P, number of swaps, log of swapped and of not swapped, after each pass
+) -> Iterator[tuple]:            # log P, swaps, log of swapped and not
     "State of the relaxed bubble sort after each pass of its outer loop"
     x = centred(s, limit=1e30)
     n, swaps = x.shape[-1], torch.zeros_like(x[..., :1])
-    rows = list(((torch.eye(n, dtype=x.dtype, device=x.device) - 1)*1e30).expand(*x.shape, n).unbind(-2))
+    rows = list(((torch.eye(n, dtype=x.dtype, device=x.device) - 1)*1e30).expand(
+        *x.shape, n).unbind(-2))
     x = list(x.split(1, -1))
     for last in range(n - 1, 0, -1):
         swapped, calm = torch.full_like(swaps, -1e30), torch.zeros_like(swaps)
@@ -125,7 +130,8 @@ def _passes(
 def _bubble(s, beta, loop):
     "log P and the expected number of swaps"
     check_positive("beta", beta)
-    if loop not in ("for", "while"): raise ValueError(f"loop: expected for or while, got {loop!r}")
+    if loop not in ("for", "while"):
+        raise ValueError(f"loop: expected for or while, got {loop!r}")
     passes = list(_passes(s, beta))
     if not passes: return centred(s).unsqueeze(-1)*0, centred(s).sum(-1)*0
     log_P, swaps, swapped, calm = zip(*passes)
@@ -139,11 +145,11 @@ def _bubble(s, beta, loop):
 # %% ../../nbs/sorting/03_more.ipynb #73bd37a5
 def bubble_sort(
     s:Float[Tensor, "*batch n"],  # Scores
-    beta:float=10.,               # Inverse temperature β, per unit of the scores; large means hard
-    loop:str="for",               # Outer loop: n − 1 passes ("for"), or until nothing is swapped ("while")
+    beta:float=10.,               # Inverse temperature β; large means hard
+    loop:str="for",               # n − 1 passes ("for"), or until sorted ("while")
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
-    "Relaxed permutation matrix of bubble sort (AlgoVision, Petersen et al., NeurIPS 2021)"
+    "Relaxed permutation of bubble sort (Petersen et al., NeurIPS 2021)"
     log_P = _bubble(s, beta, loop)[0]
     return (log_P if log else log_P.exp()).to(s.dtype)
 
@@ -154,8 +160,9 @@ def swap_loss(
     beta:float=10.,                     # Inverse temperature β, per unit of the scores
     loop:str="for",                     # Outer loop: "for" or "while"
 ) -> Float[Tensor, "*batch"]:           # One loss per sample
-    "Expected number of swaps that a relaxed bubble sort makes on scores in their true order"
+    "Expected number of swaps of a relaxed bubble sort on the true order"
     expected = (*s.shape, *s.shape[-1:])
     if P_true.shape != expected:
-        raise ValueError(f"P_true: expected shape {expected}, got {tuple(P_true.shape)}")
+        raise ValueError(
+            f"P_true: expected shape {expected}, got {tuple(P_true.shape)}")
     return _bubble(s.gather(-1, P_true.argmax(-1)), beta, loop)[1]

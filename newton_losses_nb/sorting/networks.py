@@ -43,7 +43,8 @@ def _log_gaussian(v):
 # %% ../../nbs/sorting/01_networks.ipynb #5b80e3d4
 SIGMOIDS = {"logistic": (torch.sigmoid, F.logsigmoid),
             "logistic_art": (torch.sigmoid, F.logsigmoid),
-            "gaussian": (_gaussian, _log_gaussian), "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
+            "gaussian": (_gaussian, _log_gaussian),
+            "cauchy": (_cauchy, lambda v: _cauchy(v).log()),
             "reciprocal": (_reciprocal, lambda v: _reciprocal(v).log()),
             "optimal": (_optimal, lambda v: _optimal(v).log())}
 
@@ -52,23 +53,28 @@ def _logistic(v):
     z = torch.where(v < 0, v, -v).exp()
     return torch.where(v < 0, z, torch.ones_like(z))/(1 + z)
 
-_SMOOTH = SIGMOIDS | dict.fromkeys(("logistic", "logistic_art"), (_logistic, log_sigmoid))
+_SMOOTH = SIGMOIDS | dict.fromkeys(("logistic", "logistic_art"),
+                                   (_logistic, log_sigmoid))
 
 # %% ../../nbs/sorting/01_networks.ipynb #167b6b35
 def comparators(
     n:int,                     # Number of wires
     network:str="odd_even",    # "odd_even" or "bitonic"
-) -> list[list[tuple[int, int]]]: # Layers of pairs (wire of the minimum, wire of the maximum)
+) -> list[list[tuple[int, int]]]: # Layers of pairs (minimum, maximum)
     "The comparisons of a sorting network, layer by layer"
-    if network == "odd_even": return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
-    if network != "bitonic": raise ValueError(f"network: expected odd_even or bitonic, got {network!r}")
+    if network == "odd_even":
+        return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
+    if network != "bitonic":
+        raise ValueError(f"network: expected odd_even or bitonic, got {network!r}")
     blocks = max(n - 1, 0).bit_length()
     drop, layers = 2**blocks - n, []
     for block in range(blocks):
         for jump in (2**k for k in range(block, -1, -1)):
-            pairs = [(a, a + jump) for a in range(2**blocks) if a // jump % 2 == 0 and a >= drop]
+            pairs = [(a, a + jump) for a in range(2**blocks) if a // jump % 2 == 0
+                     and a >= drop]
             descending = lambda a: a >> (block + 1) & 1
-            layers.append([(b - drop, a - drop) if descending(a) else (a - drop, b - drop) for a, b in pairs])
+            layers.append([(b - drop, a - drop) if descending(a)
+                           else (a - drop, b - drop) for a, b in pairs])
     return layers or [[]]
 
 # %% ../../nbs/sorting/01_networks.ipynb #04cc5716
@@ -82,12 +88,14 @@ def _partners(n, network):
 
 def _wiring(n, network, device, dtype):
     "Partner and sign of every wire, layer by layer"
-    partner, sign = (_partners.__wrapped__ if torch.compiler.is_compiling() else _partners)(n, network)
-    return torch.tensor(partner, device=device, dtype=torch.long), torch.tensor(sign, device=device, dtype=dtype)
+    partner, sign = (_partners.__wrapped__ if torch.compiler.is_compiling()
+                     else _partners)(n, network)
+    return torch.tensor(partner, device=device, dtype=torch.long), torch.tensor(
+        sign, device=device, dtype=dtype)
 
 # %% ../../nbs/sorting/01_networks.ipynb #fb682e21
 def _plain_network(x, network, relaxation, steepness, log):
-    "Permutation matrix of centred scores in operations that autograd and torch.func know"
+    "Permutation matrix of centred scores in ordinary operations"
     P = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape, -1)
     if log: P = (P - 1)*1e30
     for partner, sign in zip(*_wiring(x.shape[-1], network, x.device, x.dtype)):
@@ -113,10 +121,13 @@ def _groups(layer):
     "Comparators of a layer as groups (first wire, blocks, jump, width)"
     runs, groups = [], []
     for a, b in sorted(map(sorted, layer)):
-        if runs and runs[-1][0] + runs[-1][2] == a and runs[-1][2] < b - a: runs[-1][2] += 1
+        if runs and runs[-1][0] + runs[-1][2] == a and runs[-1][2] < b - a:
+            runs[-1][2] += 1
         else: runs.append([a, b - a, 1])
     for a, jump, width in runs:
-        if groups and groups[-1][3] == width and groups[-1][0] + 2*jump*groups[-1][1] == a: groups[-1][1] += 1
+        if groups and groups[-1][3] == width and groups[-1][0] + 2*jump*groups[-1][
+            1] == a:
+            groups[-1][1] += 1
         else: groups.append([a, 1, jump, width])
     return [tuple(group) for group in groups]
 
@@ -126,26 +137,30 @@ def _plan(n, network, device, dtype):
     "Groups of comparators in the order of the layers, and the sign of every comparator"
     layers = comparators(n, network)
     sign = [1. if a < b else -1. for layer in layers for a, b in sorted(layer, key=min)]
-    with torch.inference_mode(False): sign = torch.tensor(sign, dtype=dtype, device=device).unsqueeze(-1)
+    with torch.inference_mode(False):
+        sign = torch.tensor(sign, dtype=dtype, device=device).unsqueeze(-1)
     return [group for layer in layers for group in _groups(layer)], sign
 
 def _pair(Z, group):
-    "Both rows of each comparator, (blocks, width, 2, ...), as a view of a state with the wires first"
+    "Both rows of each comparator, (blocks, width, 2, ...), as a view"
     (first, blocks, jump, width), (row, *rest) = group, Z.stride()
-    shape, strides = (blocks, width, 2, *Z.shape[1:]), (2*jump*row, row, jump*row, *rest)
-    return Z.as_strided(shape, strides, Z.storage_offset() + first*row)
+    return Z.as_strided((blocks, width, 2, *Z.shape[1:]),
+                        (2*jump*row, row, jump*row, *rest),
+                        Z.storage_offset() + first*row)
 
-def _pairs(Z, groups): return {group: (both := _pair(Z, group), *both.unbind(2)) for group in set(groups)}
+def _pairs(Z, groups):
+    return {group: (both := _pair(Z, group), *both.unbind(2)) for group in set(groups)}
 
 def _pieces(groups, *stacks):
     "The parts of arrays with one row for each comparator, group by group"
     sizes = [blocks*width for _, blocks, _, width in groups]
-    def parts(S): return [o.view(g[1], g[3], *o.shape[1:]) for o, g in zip(S.split(sizes), groups)]
-    return list(zip(groups, *map(parts, stacks)))
+    return list(zip(groups,
+                    *([o.view(g[1], g[3], *o.shape[1:])
+                       for o, g in zip(S.split(sizes), groups)] for S in stacks)))
 
 # %% ../../nbs/sorting/01_networks.ipynb #acfcbce8
 def _forward(x, network, relaxation, steepness):
-    "Permutation matrix of centred scores (N, n), and the differences its gradient needs"
+    "Permutation matrix of centred scores (N, n), and what its gradient needs"
     (N, n), alpha = x.shape, SIGMOIDS[relaxation][0]
     groups, sign = _plan(n, network, x.device, x.dtype)
     Z, D = x.new_zeros(n, N, n + 1), x.new_empty(len(sign), N, n + 1)
@@ -169,16 +184,19 @@ def _cauchy_density(v): return (f := 1/(math.pi*(1 + v*v))), -2*math.pi*v*f*f
 _DENSITIES = {"logistic": _logistic_density, "cauchy": _cauchy_density}
 
 def _slopes(c, relaxation, steepness, order=2):
-    "First and second derivatives of α, log α and log (1 − α) in the difference of two scores"
-    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, order)
+    "First and second derivatives of α, log α and log (1 − α)"
+    if relaxation not in _DENSITIES:
+        return _autograd_slopes(c, relaxation, steepness, order)
     v, alpha = _steep(c, relaxation, steepness), SIGMOIDS[relaxation][0]
     first, second = _DENSITIES[relaxation](v)
     a, b = alpha(v), alpha(-v)
     up, down = (b, -a) if relaxation == "logistic" else (first/a, -first/b)
     one = first, up, down
-    two = (second, -first, -first) if relaxation == "logistic" else (second, second/a - up*up, -second/b - down*down)
+    two = (second, -first, -first) if relaxation == "logistic" else (
+        second, second/a - up*up, -second/b - down*down)
     held = (steepness*c).abs() > 1e10
-    return [(steepness**k*o).masked_fill(held, 0.) for k, os in ((1, one), (2, two))[:order] for o in os]
+    return [(steepness**k*o).masked_fill(held, 0.)
+            for k, os in ((1, one), (2, two))[:order] for o in os]
 
 # %% ../../nbs/sorting/01_networks.ipynb #a3cf5c93
 def _autograd_slopes(c, relaxation, steepness, order):
@@ -188,13 +206,16 @@ def _autograd_slopes(c, relaxation, steepness, order):
         v = _steep(c, relaxation, steepness)
         slope = lambda o: torch.autograd.grad(o.sum(), c, create_graph=True)[0]
         one = [slope(o) for o in (alpha(v), log_alpha(v), log_alpha(-v))]
-        return [o.detach() for o in (one + [slope(o) for o in one] if order == 2 else one)]
+        return [o.detach()
+                for o in (one + [slope(o) for o in one] if order == 2 else one)]
 
 def _first_slope(c, relaxation, steepness):
     "Derivative of α alone"
-    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness, 1)[0]
+    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness,
+                                                             1)[0]
     v = steepness*c
-    return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(v.abs() > 1e10, 0.)
+    return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(
+        v.abs() > 1e10, 0.)
 
 # %% ../../nbs/sorting/01_networks.ipynb #d5a88e42
 def _backward(g, D, network, relaxation, steepness):
@@ -244,14 +265,15 @@ def _log_forward(x, network, relaxation, steepness):
     for group, d, p, q in _pieces(groups, delta, stay, swap):
         both, low, high = pairs[group]
         torch.sub(low, high, out=d)
-        (low_p, high_p), (low_q, high_q) = (both + p.unsqueeze(2)).unbind(2), (both + q.unsqueeze(2)).unbind(2)
+        (low_p, high_p), (low_q, high_q) = (both + p.unsqueeze(2)).unbind(2), (
+            both + q.unsqueeze(2)).unbind(2)
         torch.logaddexp(low_p, high_q, out=low)
         torch.logaddexp(low_q, high_p, out=high)
     return L, (C, stay - swap, delta)
 
 # %% ../../nbs/sorting/01_networks.ipynb #e6865497
 def _weights_back(G, groups, W, M):
-    "Gradients in log α and log (1 − α) of all comparators; turns G into the gradient in the first L, adds Wg to M"
+    "Gradients in log α and log (1 − α); G becomes that in the first L"
     sums, pairs = torch.empty_like(M[..., 0]), _pairs(G, groups)
     for group, w, m, total in reversed(_pieces(groups, W, M, sums)):
         both, low, high = pairs[group]
@@ -276,10 +298,11 @@ def _scores_back(n, groups, keep, push):
     return Y, D
 
 # %% ../../nbs/sorting/01_networks.ipynb #a83821aa
-def _shares(C, r, delta): return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
+def _shares(C, r, delta):
+    return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
 
 def _log_backward(G, kept, network, relaxation, steepness):
-    "Gradient in the scores from a gradient in log P with the wires first, which is overwritten"
+    "Gradient in the scores from one in log P, which is overwritten"
     groups, sign = _plan(len(G), network, G.device, G.dtype)
     W = _shares(*kept)
     stay, swap = _weights_back(G, groups, W, torch.zeros_like(W))
@@ -290,13 +313,14 @@ def _log_backward(G, kept, network, relaxation, steepness):
 
 # %% ../../nbs/sorting/01_networks.ipynb #b36a6c0d
 def _in_transform(x):
-    "Is a transform of `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
+    "Is a transform, forward mode, `torch.compile` or another tensor at work?"
     return (torch.compiler.is_compiling() or type(x) is not Tensor
             or torch._C._are_functorch_transforms_active()
             or torch._C._functorch.is_legacy_batchedtensor(x)
             or torch.autograd.forward_ad._current_level >= 0)
 
-def _wires_first(g): return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+def _wires_first(g):
+    return g.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 class _Network(torch.autograd.Function):
     @staticmethod
@@ -304,11 +328,12 @@ class _Network(torch.autograd.Function):
         *settings, log = ctx.settings = settings
         P, kept = (_log_forward if log else _forward)(x, *settings)
         ctx.save_for_backward(x, *kept)
-        return P.transpose(0, 1).clone(memory_format=torch.contiguous_format) if log else P
+        return _wires_first(P) if log else P
 
     @staticmethod
     def backward(ctx, g):
-        (x, *kept), (*settings, log), again = ctx.saved_tensors, ctx.settings, torch.is_grad_enabled()
+        (x, *kept), (*settings, log) = ctx.saved_tensors, ctx.settings
+        again = torch.is_grad_enabled()
         fast = grad = None
         if not _in_transform(g):
             with torch.no_grad():
@@ -317,18 +342,19 @@ class _Network(torch.autograd.Function):
         if again or fast is None:
             with torch.enable_grad(): P = _plain_network(x, *settings, log)
             grad, = torch.autograd.grad(P, x, g, create_graph=again)
-        grad = fast if grad is None else grad if fast is None else grad + (fast - grad).detach()
+        if grad is None: grad = fast
+        elif fast is not None: grad = grad + (fast - grad).detach()
         return grad, None, None, None, None
 
 # %% ../../nbs/sorting/01_networks.ipynb #af07dde0
 def sorting_network(
     s:Float[Tensor, "*batch n"],  # Scores
     network:str="odd_even",       # Plan of comparisons: "odd_even" or "bitonic"
-    relaxation:str="logistic",    # "logistic", "logistic_art", "gaussian", "cauchy", "reciprocal" or "optimal"
-    steepness:float=10.,          # Inverse temperature β, per unit of the scores; large means hard
+    relaxation:str="logistic",    # Sigmoid: "logistic", "cauchy", … (table above)
+    steepness:float=10.,          # Inverse temperature β; large means hard
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
-    "Relaxed permutation matrix of a differentiable sorting network (Petersen et al., ICML 2021, ICLR 2022)"
+    "Relaxed permutation of a sorting network (Petersen et al., ICML 2021)"
     _check_settings(relaxation, steepness)
     x = centred(s, limit=min(1e30, 1e34/steepness))
     n, settings = x.shape[-1], (network, relaxation, steepness, log)
@@ -337,15 +363,17 @@ def sorting_network(
     return P.to(s.dtype)
 
 def _check_settings(relaxation, steepness):
-    if relaxation not in SIGMOIDS: raise ValueError(
-        f"relaxation: expected one of {', '.join(SIGMOIDS)}, got {relaxation!r}")
+    if relaxation not in SIGMOIDS:
+        raise ValueError(f"relaxation: expected one of {', '.join(SIGMOIDS)}, got "
+                         f"{relaxation!r}")
     check_positive("steepness", steepness)
 
 # %% ../../nbs/sorting/01_networks.ipynb #1d6ac9fb
 def _score_tangents(n, groups, sign, kappa):
-    "Derivative of the difference at every comparator in each score but the last, (comparators, n - 1, N)"
+    "Derivative of each comparator's difference, (comparators, n - 1, N)"
     N, D = kappa.shape[-1], n - 1
-    X = torch.eye(n, D, dtype=kappa.dtype, device=kappa.device).unsqueeze(-1).repeat(1, 1, N)
+    X = torch.eye(n, D, dtype=kappa.dtype,
+                  device=kappa.device).unsqueeze(-1).repeat(1, 1, N)
     dC, pairs = kappa.new_empty(len(sign), D, N), _pairs(X, groups)
     for group, c, k in _pieces(groups, dC, kappa.unsqueeze(1)):
         _, low, high = pairs[group]
@@ -359,7 +387,8 @@ def _score_tangents(n, groups, sign, kappa):
 def _weight_tangents(n, groups, W, dp, dq):
     "Derivatives of log P, (n, n - 1, N, n), and of the arguments E of the shares"
     L, E = dp.new_zeros(n, *dp.shape[1:], n), dp.new_empty(len(dp), 2, *dp.shape[1:], n)
-    swapped, dr = torch.stack([dq, dp], 1).unsqueeze(-1), torch.stack([dp - dq, dq - dp], 1).unsqueeze(-1)
+    swapped, dr = torch.stack([dq, dp], 1).unsqueeze(-1), torch.stack(
+        [dp - dq, dq - dp], 1).unsqueeze(-1)
     pairs = _pairs(L, groups)
     for group, e, w, r, add in _pieces(groups, E, W.unsqueeze(2), dr, swapped):
         both, low, high = pairs[group]
@@ -377,18 +406,20 @@ def _loss_tangents(L, T, kind, dL):
     P, Q = rest.exp(), rest.softmax(-1)
     missed = ((1 - T)*top).sum(-1, keepdim=True)*Q/n**2
     own = (1 - T)*P/(1 - P).square()/n**2 - missed
-    return own.unsqueeze(1)*dL + missed.unsqueeze(1)*(Q.unsqueeze(1)*dL).sum(-1, keepdim=True)
+    return own.unsqueeze(1)*dL + missed.unsqueeze(1)*(Q.unsqueeze(1)*dL).sum(
+        -1, keepdim=True)
 
 # %% ../../nbs/sorting/01_networks.ipynb #b2b7e14c
 def network_derivatives(
     s:Float[Tensor, "*batch n"],        # Scores
     P_true:Float[Tensor, "*batch n n"], # True permutation matrix
-    kind:str="cross_entropy",           # Loss: "cross_entropy" or "bce", see `ranking_loss`
+    kind:str="cross_entropy",  # Loss: "cross_entropy" or "bce", see `ranking_loss`
     network:str="odd_even",             # Plan of comparisons: "odd_even" or "bitonic"
     relaxation:str="logistic",          # As in `sorting_network`
     steepness:float=10.,                # Inverse temperature β, per unit of the scores
     hessian:bool=True,                  # Second derivatives too?
-) -> tuple: # Losses `(*batch)`, gradients `(*batch, n)`, Hessians `(*batch, n, n)` or None
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n"],
+           Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
     "Ranking loss behind a sorting network with its exact derivatives, for each sample"
     _check_settings(relaxation, steepness); _check_target(s, P_true, kind)
     x = centred(s.detach(), limit=min(1e30, 1e34/steepness))
@@ -397,14 +428,16 @@ def network_derivatives(
     L, kept = _log_forward(x, network, relaxation, steepness)
     loss, G = ranking_gradient(L.transpose(0, 1), T, kind)
     G = G.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    if hessian: Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, network, relaxation, steepness)
+    if hessian:
+        Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, network, relaxation,
+                             steepness)
     else: Y, H = _log_backward(G, kept, network, relaxation, steepness), None
     H = H.reshape(*shape, n).to(s.dtype) if hessian else None
     return loss.reshape(shape[:-1]), Y.reshape(shape).to(s.dtype), H
 
 # %% ../../nbs/sorting/01_networks.ipynb #878fcab7
 def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
-    "Gradient and Hessian in the scores from log P, the gradient in it and what was kept"
+    "Gradient and Hessian in the scores from log P and its gradient"
     n, C, wide = len(L), kept[0], lambda o: o.unsqueeze(1)
     groups, sign = _plan(n, network, L.device, L.dtype)
     a1, p1, q1, a2, p2, q2 = _slopes(C, relaxation, steepness)
@@ -417,13 +450,17 @@ def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
     p, q = _weights_back(G, groups, W, M)
     dp, dq = _weights_back(dG, groups, W.unsqueeze(2), E.mul_((M - M*W).unsqueeze(2)))
     Y, D = _scores_back(n, groups, 1 - kappa, (p*p1 + q*q1)*sign)
-    push = (wide(p1)*dp + wide(q1)*dq + wide(p*p2 + q*q2)*dC)*wide(sign) + wide((2*a1 + a2*C)*D)*dC
+    push = (wide(p1)*dp + wide(q1)*dq
+            + wide(p*p2 + q*q2)*dC)*wide(sign) + wide((2*a1 + a2*C)*D)*dC
     H, _ = _scores_back(n, groups, wide(1 - kappa), push)
     return Y.T, torch.cat([H, -H.sum(1, keepdim=True)], 1).permute(2, 0, 1)
 
 def _check_target(s, P_true, kind):
-    if kind not in ("cross_entropy", "bce"): raise ValueError(f"kind: expected cross_entropy or bce, got {kind!r}")
+    if kind not in ("cross_entropy", "bce"): raise ValueError(
+        f"kind: expected cross_entropy or bce, got {kind!r}")
     if P_true.shape != (*s.shape, s.shape[-1]):
-        raise ValueError(f"P_true: expected shape (..., n, n) for scores {tuple(s.shape)}, got {tuple(P_true.shape)}")
-    if P_true.device != s.device: raise ValueError(
-        f"P_true: expected a tensor on the device of s, {s.device}, got {P_true.device}")
+        raise ValueError(f"P_true: expected shape (..., n, n) for scores "
+                         f"{tuple(s.shape)}, got {tuple(P_true.shape)}")
+    if P_true.device != s.device: raise ValueError(f"P_true: expected a tensor on the "
+                                                   f"device of s, {s.device}, got "
+                                                   f"{P_true.device}")

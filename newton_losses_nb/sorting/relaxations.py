@@ -21,7 +21,8 @@ def centred(
     limit:float=1e30,             # Largest size of the result
 ) -> Float[Tensor, "*batch n"]:   # Differences from the first score, times `gain`
     "Scaled scores without their common offset: finite for finite scores, else NaN"
-    if not isinstance(s, Tensor) or not s.is_floating_point() or s.ndim == 0 or s.shape[-1] == 0:
+    if not isinstance(s, Tensor) or not s.is_floating_point() or s.ndim == 0 or s.shape[
+        -1] == 0:
         raise ValueError("s: expected floating-point scores of shape (..., n), n ≥ 1, "
                          f"got {_describe(s)}")
     s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
@@ -31,7 +32,9 @@ def centred(
     return z if gain == 1 else z*gain
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #afe00d96
-def _describe(x): return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def _describe(x):
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(
+        x).__name__
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #5d7c2e10
 def one_hot(index, n):
@@ -67,8 +70,9 @@ def log_add_exp(
 def log_sigmoid(
     v:Tensor,  # Arguments
 ) -> Tensor:   # Logarithms, at most 0
-    "log σ(v) of the logistic function, with tails of all derivatives that keep their digits"
-    return torch.where(v < 0, v, torch.zeros_like(v)) - torch.where(v < 0, v, -v).exp().log1p()
+    "log σ(v), with tails of all derivatives that keep their digits"
+    return torch.where(v < 0, v,
+                       torch.zeros_like(v)) - torch.where(v < 0, v, -v).exp().log1p()
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #1645dced
 def _neural_logits(z):
@@ -79,7 +83,7 @@ def _neural_logits(z):
 
 def neural_sort(
     s:Float[Tensor, "*batch n"],  # Scores
-    tau:float=1.,                 # Temperature, in units of the scores; towards 0 the sort gets hard
+    tau:float=1.,  # Temperature, in units of the scores; towards 0 the sort gets hard
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation matrix of NeuralSort (Grover et al., ICLR 2019)"
@@ -97,7 +101,7 @@ def _soft_logits(z): return -(z.sort(-1).values.unsqueeze(-1) - z.unsqueeze(-2))
 
 def soft_sort(
     s:Float[Tensor, "*batch n"],  # Scores
-    tau:float=1.,                 # Temperature, in units of the scores; towards 0 the sort gets hard
+    tau:float=1.,  # Temperature, in units of the scores; towards 0 the sort gets hard
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation matrix of SoftSort (Prillo & Eisenschlos, ICML 2020)"
@@ -107,12 +111,14 @@ def soft_sort(
 def true_permutation(
     labels:Tensor,                # `(..., n)`: numbers whose order is right
     dtype:torch.dtype|None=None,  # Of the result; None: PyTorch's default
-) -> Float[Tensor, "*batch n n"]: # One at [..., i, j] where input j has ascending rank i
-    "Permutation matrix that sorts `labels` in ascending order; ties stay in the given order"
+) -> Float[Tensor, "*batch n n"]: # 1 at [..., i, j] if input j has rank i
+    "Permutation matrix that sorts `labels` ascending; ties keep their order"
     if labels.ndim == 0 or labels.shape[-1] == 0:
-        raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got {tuple(labels.shape)}")
+        raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got "
+                         f"{tuple(labels.shape)}")
     if labels.is_floating_point() and _may_look(labels) and labels.isnan().any():
-        raise ValueError(f"labels: expected numbers, got {int(labels.isnan().sum())} NaN")
+        raise ValueError(f"labels: expected numbers, got {int(labels.isnan().sum())} "
+                         f"NaN")
     first = labels.argsort(dim=-1, stable=True)
     return one_hot(first, labels.shape[-1]).to(dtype or torch.get_default_dtype())
 
@@ -136,25 +142,29 @@ def log_complement(
 def ranking_loss(
     P:Float[Tensor, "*batch n n"],      # Relaxed permutation, or its logarithm if `log`
     P_true:Float[Tensor, "*batch n n"], # True permutation matrix
-    kind:str="cross_entropy",           # "cross_entropy", "bce", or "bce_clamped" (as `nn.BCELoss` computes it)
-    log:bool=False,                     # Is `P` given as log P? More accurate where weights get tiny
+    kind:str="cross_entropy",           # "cross_entropy", "bce", "bce_clamped"
+    log:bool=False,  # Is `P` given as log P? More accurate where weights get tiny
 ) -> Float[Tensor, "*batch"]:           # One loss per sample
-    "Distance of a relaxed permutation from the true one, per sample, a mean over the rows or entries"
+    "Distance of a relaxed permutation from the true one, per sample"
     check_ranking(P.shape, P_true, kind, P.device)
     P = P.float() if P.dtype in (torch.float16, torch.bfloat16) else P
     T, n = P_true.to(P.dtype), P.shape[-1]
-    if kind == "bce_clamped": return F.binary_cross_entropy(P.exp() if log else P, T, reduction='none').mean((-2, -1))
+    if kind == "bce_clamped":
+        return F.binary_cross_entropy(P.exp() if log else P, T,
+                                      reduction='none').mean((-2, -1))
     log_P = P if log else P.clamp_min(torch.finfo(P.dtype).tiny).log()
     if kind == "cross_entropy": return -(T*log_P).sum((-2, -1))/n
     return -(T*log_P + (1 - T)*log_complement(log_P)).mean((-2, -1))
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #583d7cdc
 def check_ranking(shape, P_true, kind, device):
-    "Raise unless a ranking loss of this kind can compare a matrix of this shape with `P_true`"
+    "Raise unless a ranking loss can compare this shape with `P_true`"
     if kind not in ("cross_entropy", "bce", "bce_clamped"):
-        raise ValueError(f"kind: expected cross_entropy, bce or bce_clamped, got {kind!r}")
+        raise ValueError(f"kind: expected cross_entropy, bce or bce_clamped, got "
+                         f"{kind!r}")
     if len(shape) < 2 or P_true.shape != shape or shape[-1] != shape[-2]:
-        got = f"got P {tuple(shape)} and P_true {tuple(P_true.shape)}{_hint(shape, P_true.shape)}"
+        got = (f"got P {tuple(shape)} and P_true {tuple(P_true.shape)}"
+               f"{_hint(shape, P_true.shape)}")
         raise ValueError(f"P_true: expected the shape of P, (..., n, n), {got}")
     if P_true.device != device:
         raise ValueError("P_true: expected a tensor on the device of P, "
@@ -164,8 +174,10 @@ def _hint(P, P_true):
     "What is likely meant by shapes that do not fit"
     column = tuple(P[-2:]) == (1, 1) and P_true[-1:] != (1,)
     labels = len(P_true) > 0 and P_true == P[:len(P) - 2 if column else -1]
-    scores = "; are these scores of shape (N, n, 1)? give s.squeeze(-1)" if column else ""
-    return scores + ("; are these labels? give true_permutation(labels)" if labels else "")
+    hint = "; are these scores of shape (N, n, 1)? give s.squeeze(-1)"
+    scores = hint if column else ""
+    return scores + ("; are these labels? give true_permutation(labels)" if labels
+                     else "")
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #6b425583
 def ranking_gradient(
