@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .derivatives import check_outputs, derivatives
+from .derivatives import BUDGET, check_outputs, derivatives, full_precision
 from .large import conjugate_gradient
 from .newton import NewtonLoss
 from .solves import SPECTRA, auto_damping
@@ -110,12 +110,12 @@ class Probe:
 
     def mean_products(self, V):
         "The mean Hessian times each of the vectors `(K, m)`"
-        some = V[:, None].expand(-1, *self.y.shape).split(max(1, 2**22//self.y.numel()))
+        some = V[:, None].expand(-1, *self.y.shape).split(max(1, BUDGET//self.y.numel()))
         return torch.cat([self.products(v)[:, self.good].mean(1) for v in some])
 
     def directions(self, K):
-        draw = dict(generator=torch.Generator().manual_seed(self.seed), device="cpu")
-        return torch.randn(K, *self.y.shape, dtype=torch.double, **draw).to(self.y)
+        draw = torch.Generator().manual_seed(self.seed)
+        return torch.randn(K, *self.y.shape, generator=draw, dtype=torch.double).to(self.y)
 
     def at(self, dtype=None, rows=None):
         "The same in another precision, or for the first `rows` samples"
@@ -349,7 +349,7 @@ def _ask_independent(p):
     mixed = (y + y.roll(1, 0))/2 + 0.01*natural_step(y)*p.directions(1)[0]
     def touched(rows): return (p.values(mixed.where(rows[:, None], y)) - loss).abs() > near
     for _ in range(4):
-        half = (torch.randperm(n, generator=draw, device="cpu") < (n + 1)//2).to(y.device)
+        half = (torch.randperm(n, generator=draw) < (n + 1)//2).to(y.device)
         for rows in (half, ~half):
             hit = (touched(rows) & ~rows).nonzero()
             if len(hit): return _problem(
@@ -447,7 +447,7 @@ def _ask_eigenvalues(p):
         if conjugate_gradient(p.mean_products, b, lam, 1e-8, 24).negative:
             return _note("indefinite, by conjugate gradients", "indefinite")
         return _ok("none below zero met by conjugate gradients", "not indefinite")
-    C = p.mean_products(torch.eye(m, dtype=p.y.dtype, device=p.y.device))
+    C = p.mean_products(torch.eye(m).to(p.y))
     p.e = torch.linalg.eigvalsh((C + C.mT)/2)
     low, high, rounding = float(p.e[0]), float(p.e[-1]), fine*float(p.e.abs().amax())
     text = f"from {low:.3g} to {high:.3g}: "
@@ -465,13 +465,25 @@ def _ask_size(p):
     text = f"rms {rms:.3g}; longest row {tail:.1f} times the median"
     return _note(f"{text}; a few samples rule the Fisher", rms) if tail > 10 else _ok(text, rms)
 
+# %% ../../nbs/core/07_check.ipynb #6c53f157
+def _ask_direction(p):
+    G, m = p.G[p.good].double(), p.y.shape[1]
+    if m > p.passes or len(G) < 4*m or not G.any(): return _unknown("")
+    F = G.mT @ G/len(G)
+    damped = F + _fine(p.y, 1e-8, 1e-5)*F.diagonal().mean()*torch.eye(m).to(F)
+    D = torch.linalg.solve(damped, G.mT).mT
+    cosine = float((D*G).sum()/(D.norm()*G.norm()))
+    text = f"at cosine {cosine:.2f} to the gradient: "
+    if cosine > 0.95: return _ok(text + "a rescaling; normalising does as well", cosine)
+    return _ok(text + "more than a rescaling", cosine)
+
 # %% ../../nbs/core/07_check.ipynb #317c9d84
 QUESTIONS = { # What `check_loss` asks, in order
     "one value per sample": _ask_shape, "leaves y alone": _ask_untouched,
     "repeatable": _ask_repeatable, "float64": _ask_double, "differentiable": _ask_gradient,
     "finite": _ask_finite, "independent samples": _ask_independent, "first derivative": _ask_first,
     "second derivative": _ask_second, "float32": _ask_single, "eigenvalues": _ask_eigenvalues,
-    "gradient size": _ask_size}
+    "gradient size": _ask_size, "Newton direction": _ask_direction}
 
 _NO_HESSIAN = "Do not use curvature='hessian': its Hessian is "
 _ADVICE = { # What to do about some answers
@@ -534,7 +546,7 @@ def check_loss(
     if len(name) > 60 or "\n" in name: name = type(loss_fn).__name__.lstrip("_")
     about = f"{name} at {n} x {m} outputs, {kind}" + f", the first {rows} judged"*(rows < n)
     report = LossReport(loss_fn, about, {q: _unknown("") for q in QUESTIONS})
-    with torch.inference_mode(False), torch.autocast(y.device.type, enabled=False):
+    with torch.inference_mode(False), full_precision(y):
         y = y.float() if kind in ("float16", "bfloat16") else y
         p = Probe(loss_fn, y, args, seed).at(rows=rows)
         p.found, p.narrow, p.V, p.passes = report.findings, p.at(torch.float), None, passes
