@@ -476,7 +476,8 @@ def _ask_size(p):
     tail = float(rows[i])/p.typical
     p.exploding = tail/max(1, hard)
     text = f"rms {rms:.3g}; longest row {tail:.3g} times the median"
-    if p.exploding > 10: return _note(f"{text}, its loss is not: it explodes", rms)
+    if p.exploding > 10: return _note(
+        f"{text}, though its loss is an ordinary one: the gradient explodes", rms)
     if zero >= 0.5: return _note(f"rms {rms:.3g}; zero in {zero:.0%} of samples", rms)
     if tail > 10: return _note(f"{text}: a few samples rule the batch", rms)
     return _ok(rms, text)
@@ -537,8 +538,8 @@ def _recommend(p):
     right = found["second derivative"] == "right" and p.found["float32"].verdict == "ok"
     return NewtonLoss, {}, (
         "Newton's step: it turns the gradient, and both halves of the batch agree "
-        "where to." + " The second derivative is right, so curvature='hessian', "
-        "eigenvalues='abs' is the next to try."*right)
+        "where to." + " The second derivative is right, so you may also try "
+        "curvature='hessian', eigenvalues='abs'."*right)
 
 def _bounded(p):
     "For a gradient that explodes"
