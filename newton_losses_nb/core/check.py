@@ -26,8 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from .derivatives import (
-    _full_precision, check_outputs, derivatives)
+from .derivatives import check_outputs, derivatives
 from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, Whiten)
 
@@ -121,7 +120,8 @@ class Probe:
 
     def directions(self, K):
         draw = torch.Generator().manual_seed(self.seed)
-        V = torch.randn(K, *self.y.shape, generator=draw, dtype=torch.double)
+        V = torch.randn(K, *self.y.shape, generator=draw, dtype=torch.double,
+                        device="cpu")
         return V.to(self.y)
 
     def at(self, dtype=None, rows=None):
@@ -370,7 +370,8 @@ def _ask_independent(p):
     near = _fine(y, 1e-9, 1e-4)*(loss.abs() + loss.abs().nanmedian())
     mixed = (y + y.roll(1, 0))/2 + 0.01*natural_step(y)*p.directions(1)[0]
     for _ in range(4):
-        half = (torch.randperm(n, generator=draw) < (n + 1)//2).to(y.device)
+        half = torch.randperm(n, generator=draw, device="cpu")
+        half = (half < (n + 1)//2).to(y.device)
         for rows in (half, ~half):
             off = (p.values(mixed.where(rows[:, None], y)) - loss).abs() > near
             hit = (off & ~rows).nonzero()
@@ -500,7 +501,8 @@ def newton_turn(
     def by(rows):
         with newton.accumulated([(0*G[rows], G[rows])]): return directions()
     for _ in range(splits):
-        a, b = torch.randperm(len(G), generator=draw).to(G.device).tensor_split(2)
+        order = torch.randperm(len(G), generator=draw, device="cpu").to(G.device)
+        a, b = order.tensor_split(2)
         halves += cosine(by(a), by(b))/splits
     return cosine(directions(), G), halves
 
@@ -585,7 +587,8 @@ def check_loss(
     about = f"{name} at {n} x {m} outputs, {kind}"
     if rows < n: about += f", the first {rows} judged"
     report = LossReport(loss_fn, about, {q: _unknown("") for q in QUESTIONS})
-    with torch.inference_mode(False), _full_precision(y):
+    exact = torch.autocast(y.device.type, enabled=False)
+    with torch.inference_mode(False), exact:
         y = y.float() if kind in ("float16", "bfloat16") else y
         p = Probe(loss_fn, y, args, seed).at(rows=rows)
         p.found, p.narrow, p.V = report.findings, p.at(torch.float), None
