@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+import newton_losses_nb
 from newton_losses_nb import (
     FenchelYoungLoss, Hessian, Krylov, NewtonLoss, Noise, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
     true_permutation)
@@ -123,12 +124,12 @@ class Weighted(nn.Module):
 float_matrix = torch.diag(torch.tensor([1., 2., 3.]))
 
 CASES = {  # loss -> expected values; None: no opinion
-    "fine": (square, dict(ok=True, second="right", curvature="hessian")),
-    "batch norm": (Norm(), {"ok": False, "independent samples": "leak", "curvature": "fisher"}),
+    "fine": (square, dict(ok=True, second="right")),
+    "batch norm": (Norm(), {"ok": False, "independent samples": "leak"}),
     "mean over batch": (lambda y, t: square(y, t) + y.mean(), {"ok": False, "independent samples": "leak"}),
     "rank over batch": (lambda y, t: square(y, t)*(1 + y[:, 0].argsort().argsort()), {"ok": False, "independent samples": "leak"}),
     "detached statistics": (lambda y, t: square(y, t)/y.detach().std(), {"ok": False, "independent samples": "leak"}),
-    "divided by N": (lambda y, t: square(y, t)/len(y), {"ok": True, "independent samples": "batch size"}),
+    "divided by N": (lambda y, t: square(y, t)/len(y), {"ok": True, "independent samples": "ok"}),
     "detach": (lambda y, t: square(y.detach(), t), {"ok": False, "differentiable": "detached", "fatal": True}),
     "half detached": (lambda y, t: ((y - t)*(y - t).detach()).sum(1), {"ok": False, "first": "wrong", "second": "detached"}),
     "detached plus constant": (lambda y, t: square(y.detach(), t) + 0*y.sum(1), {"ok": False, "differentiable": "detached"}),
@@ -138,16 +139,16 @@ CASES = {  # loss -> expected values; None: no opinion
     "constant": (lambda y, t: t.sum(1), {"ok": False, "differentiable": "constant", "fatal": True}),
     "zero": (lambda y, t: 0*y.sum(1), {"ok": False, "differentiable": "constant", "fatal": True}),
     "by hand": (lambda y, t: square(Function.apply(y, ""), t), {"ok": True, "second": "right"}),
-    "wrong second": (lambda y, t: square(Function.apply(y, "second"), t), {"ok": False, "first": "right", "second": "wrong", "curvature": "fisher"}),
+    "wrong second": (lambda y, t: square(Function.apply(y, "second"), t), {"ok": False, "first": "right", "second": "wrong"}),
     "half wrong second": (lambda y, t: square(Function.apply(y, "half second"), t), {"ok": False, "first": "right", "second": "wrong"}),
     "wrong first": (lambda y, t: square(Function.apply(y, "first"), t), {"ok": False, "first": "wrong"}),
     "one sample wrong": (lambda y, t: square(Function.apply(y, "one sample"), t), {"ok": False, "first": "wrong", "word": "most in sample 5"}),
-    "once": (lambda y, t: square(Once.apply(y), t), {"ok": True, "second": "detached", "curvature": "fisher"}),
-    "refused": (lambda y, t: F.adaptive_avg_pool1d(torch.tanh(y)[None], 1)[0, :, 0] + SoftPlusOnce.apply(y), {"ok": True, "second": "refused", "curvature": "fisher"}),
+    "once": (lambda y, t: square(Once.apply(y), t), {"ok": True, "second": "detached"}),
+    "refused": (lambda y, t: F.adaptive_avg_pool1d(torch.tanh(y)[None], 1)[0, :, 0] + SoftPlusOnce.apply(y), {"ok": True, "second": "refused"}),
     "wrong double backward": (lambda y, t: square(WrongOnce.apply(y), t), {"ok": False, "first": "right", "second": "wrong"}),
-    "piecewise linear": (lambda y, t: (y - t).abs().sum(1), {"ok": True, "first": "right", "second": "zero", "curvature": "fisher"}),
+    "piecewise linear": (lambda y, t: (y - t).abs().sum(1), {"ok": True, "first": "right", "second": "zero"}),
     "linear": (lambda y, t: (y*t).sum(1), {"ok": True, "second": "zero"}),
-    "straight through": (lambda y, t: square(y + (y.round() - y).detach(), t), {"ok": True, "first": "surrogate", "curvature": "fisher"}),
+    "straight through": (lambda y, t: square(y + (y.round() - y).detach(), t), {"ok": True, "first": "surrogate"}),
     "noise": (lambda y, t: square(y + 0.1*torch.randn_like(y), t), {"ok": True, "repeatable": "noise", "first": "right", "second": "right"}),
     "numpy noise": (lambda y, t: square(y, t)*(1 + np.random.rand()), {"ok": True, "repeatable": "noise", "second": "right"}),
     "python noise": (lambda y, t: square(y, t)*(1 + random.random()), {"ok": True, "repeatable": "noise", "second": "right"}),
@@ -166,15 +167,15 @@ CASES = {  # loss -> expected values; None: no opinion
     "overflow in float32": (lambda y, t: 1e-30*(1e20*y - 1e20*t).square().sum(1), {"float32": "non-finite value", "ok": False}),
     "cancels in float32": (lambda y, t: (1e6 + 1e-2*(y - t)).square().sum(1) - 3e12 - 2e4*(y - t).sum(1), {"ok": True, "first": "unknown", "word": "gradient within"}),
     "reduced": (lambda y, t: square(y, t).mean(), {"ok": False, "fatal": True, "word": "per_sample(loss_fn, 'mean')"}),
-    "summed": (lambda y, t: square(y, t).sum(), {"fatal": True, "word": "per_sample(loss_fn, 'sum')"}),
-    "entangled": (lambda y, t: square(y, t).sum().square(), {"fatal": True, "word": "neither"}),
+    "summed": (lambda y, t: square(y, t).sum(), {"fatal": True, "word": "per_sample(loss_fn"}),
+    "entangled": (lambda y, t: square(y, t).sum().square(), {"fatal": True, "word": "one number for the batch"}),
     "not reduced": (lambda y, t: (y - t).square(), {"fatal": True, "one value per sample": "shape"}),
     "tuple": (lambda y, t: (y, y[:, :, None]*y[:, None]), {"fatal": True, "word": "permutation_loss"}),
     "float": (lambda y, t: 3., {"fatal": True, "one value per sample": "no tensor"}),
     "integer": (lambda y, t: (y > t).sum(1), {"fatal": True, "one value per sample": "integer"}),
     "raises": (lambda y, t: 1/0, {"fatal": True, "word": "ZeroDivisionError: division by zero"}),
-    "saddle": (lambda y, t: (y*y*torch.tensor([1., -1., 0.])).sum(1) + t.sum(1), {"ok": True, "eigenvalues": "indefinite", "curvature": "hessian", "spectrum": "abs"}),
-    "exchangeable": (lambda y, t: F.cross_entropy(y, t.argmax(1), reduction="none"), {"ok": True, "eigenvalues": "semidefinite", "spectrum": "raw"}),
+    "saddle": (lambda y, t: (y*y*torch.tensor([1., -1., 0.])).sum(1) + t.sum(1), {"ok": True}),
+    "exchangeable": (lambda y, t: F.cross_entropy(y, t.argmax(1), reduction="none"), {"ok": True}),
     "heavy tail": (lambda y, t: square(y, t)*torch.tensor([1e3] + [1.]*(len(y) - 1)), {"ok": True, "gradient size": None, "word": "a few samples rule"}),
 }
 SHORT = {"first": "first derivative", "second": "second derivative"}
@@ -193,36 +194,24 @@ def test_verdicts(name):
     for key, want in expected.items():
         if key == "ok": assert report.ok == want, text
         elif key == "fatal": assert bool(report.fatal) == want, text
-        elif key == "word": assert want in text, text
-        elif key == "curvature": assert report.curvature == want, text
-        elif key == "spectrum": assert report.eigenvalues == want, text
+        elif key == "word": assert want in " ".join(text.split()), text
         elif want is not None: assert report[SHORT.get(key, key)].value == want, text
     if report.fatal:
-        with pytest.raises(ValueError, match="loss_fn"): report.newton_loss()
-    elif report.ok:
+        with pytest.raises(ValueError, match="loss_fn"): report.loss()
+    elif name not in ("entropy", "overflow in float32"):
         z = y.clone().requires_grad_()
-        report.newton_loss()(z, t).backward()
-        assert z.grad.isfinite().all() and report.lam > 0
+        report.loss()(z, t.clone()).backward()
+        assert z.grad.isfinite().all() and report.why
     if name != "entropy": assert str(check_loss(loss_fn, y, t)) == text
-
-def test_newton_loss_settings():
-    y, t = batch()
-    report = check_loss(CASES["saddle"][0], y, t)
-    newton = report.newton_loss(chunk_size=3)
-    assert isinstance(newton, NewtonLoss) and newton.chunk_size == 3
-    assert newton.curvature == "hessian" and newton.eigenvalues == "abs" and newton.lam == report.lam
-    assert report.newton_loss(lam="auto").lam == "auto"
-    own = report.newton_loss(curvature=PerSample(Hessian(eigenvalues="abs")))   # a direction brings its own settings
-    assert isinstance(own.direction, PerSample) and own.direction.direction.lam == "auto"
 
 def test_the_line_can_be_pasted():
     y, t = batch()
     report = check_loss(square, y, t)
     assert report.line in str(report)
-    assert repr(eval(report.line)) == repr(report.newton_loss())
+    assert repr(eval(report.line, vars(newton_losses_nb) | {"square": square})) == repr(report.loss(chunk_size=3)).replace(", chunk_size=3", "")
     for loss_fn in (CASES["saddle"][0], SortingLoss()):                          # those without a name are loss_fn
         report = check_loss(loss_fn, y, true_permutation(t) if isinstance(loss_fn, SortingLoss) else t)
-        pasted, made = eval(report.line, dict(NewtonLoss=NewtonLoss, loss_fn=loss_fn)), report.newton_loss()
+        pasted, made = eval(report.line, dict(vars(newton_losses_nb), loss_fn=loss_fn)), report.loss()
         assert repr(pasted.direction) == repr(made.direction)
 
 class Turning(torch.autograd.Function):
@@ -234,7 +223,7 @@ def test_a_backward_pass_that_is_not_linear():
     y, t = batch()
     report = check_loss(lambda y, t: ((Turning.apply(y) - t).square()).sum(1), 3*y, t)
     assert report["independent samples"].value == "nonlinear" and "check=False" in report.line
-    assert not report.newton_loss().check
+    assert not report.loss().check
 
 @pytest.mark.parametrize("bad,error,words", [
     (lambda y, t: check_loss(None, y, t), TypeError, "loss_fn: expected a function"),
@@ -266,12 +255,7 @@ def test_many_outputs():
     w = torch.linspace(-1, 1, 3000).double()
     def saddle(y, t): return (w.to(y)*(y - t).square()).sum(1)
     report = check_loss(saddle, y, t)
-    assert report["eigenvalues"].value == "indefinite" and report.curvature == "fisher" and report.ok, report
-    assert "pass for each of 3000 outputs; NewtonLoss(loss_fn, Krylov())" in str(report)
-    z = y.clone().requires_grad_()
-    report.newton_loss(curvature=Krylov())(z, t).backward()
-    assert z.grad.isfinite().all()
-    assert check_loss(square, y, t)["eigenvalues"].value == "not indefinite"
+    assert report.ok and report["second derivative"].value == "right", report
     assert check_loss(lambda y, t: (Function.apply(y, "second") - t).square().sum(1), y, t)["second derivative"].value == "wrong"
     assert "the first 2 judged" in str(check_loss(square, y, t, budget=20_000))
 
@@ -294,7 +278,7 @@ def test_wrong_own_derivatives():
             return square(y, t), self.g*(y - t), self.h*torch.eye(y.shape[1]).to(y).expand(len(y), -1, -1) if hessian else None
     assert check_loss(Own(2., 2.), *batch()).ok
     gradient, hessian = check_loss(Own(1., 1.), *batch()), check_loss(Own(2., 1.), *batch())
-    assert gradient["first derivative"].value == "wrong" and gradient["second derivative"].value == "right" and gradient.curvature == "fisher"
+    assert gradient["first derivative"].value == "wrong" and gradient["second derivative"].value == "right"
     assert hessian["first derivative"].value == "right" and hessian["second derivative"].value == "wrong"
 
 @pytest.mark.parametrize("make", [lambda g: SmoothedLoss(lambda y, t: (y > t).to(y).sum(1), Noise(generator=g)), lambda g: FenchelYoungLoss(lambda c: F.one_hot(c.argmin(1), 3).to(c), Noise(generator=g))])
@@ -306,7 +290,6 @@ def test_noisy_losses(make, own):
     before = g.get_state() if g else None
     report = check_loss(make(g), y, F.one_hot(t.argmin(1), 3).to(y))
     assert report.ok and report["repeatable"].value == "noise" and report["second derivative"].value == "estimate", report
-    assert report.curvature == "fisher"
     assert g is None or torch.equal(g.get_state(), before)
 
 @given(n=st.integers(1, 9), m=st.integers(1, 7), seed=st.integers(0, 2**20), scale=st.sampled_from([1e-6, 1e-2, 1., 1e3]), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -388,7 +371,7 @@ def test_torchsort():
     y, t = batch(8, 5)
     ranks = t.argsort(1).argsort(1) + 1.
     report = check_loss(lambda y, r: (torchsort.soft_rank(y, regularization="kl") - r).square().mean(1), y, ranks)
-    assert report["second derivative"].value == "wrong" and report["first derivative"].value == "right" and report.curvature == "fisher"
+    assert report["second derivative"].value == "wrong" and report["first derivative"].value == "right"
 
 def test_called_without_gradients():
     "Under no_grad, and under autocast, the report is the same"
