@@ -81,7 +81,7 @@ def test_never_looks(make, kind):
     first, second = training._draw()[:2]
     training.step(first)
     with NeverLooks(): out = training.step(second)
-    assert out.shape == (2, 2) and out.isfinite().all()
+    assert out.shape == (3, 2) and out.isfinite().all()
 
 def with_sweeps(tasks, sweeps):
     tasks[0].sweeps = sweeps

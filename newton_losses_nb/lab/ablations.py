@@ -70,6 +70,7 @@ class HeldTarget(nn.Module):
     ) -> Float[Tensor, "*batch"]:      # The value to log and to call `backward` on
         "Mean loss; its gradient is (y - z*)/N"
         values, D = self.loss.directions(y.detach(), *args)
+        self.sent = self.loss.sent
         fresh = y.detach() - D
         if self.count is None:
             self.count = torch.zeros((), dtype=torch.int64, device=y.device)
