@@ -1,0 +1,131 @@
+"""Where the paper's gains come from: sorting ten numbers with `nn.BCELoss`, method by method.
+
+    python benchmarks/hard.py list --data-dir mnist    what is finished, and what is to do
+    python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order
+
+Every method has five trials on two seeds that are used for nothing else, and takes the one with
+the best mean validation match; then the reported seeds. A group of seeds is recorded when it
+ends: stop it at any time, and the same command goes on there. The folder's name is part of what
+names a run. `--shrink 1000 --out FOLDER` is a dry run.
+"""
+import argparse
+from itertools import islice
+from pathlib import Path
+
+from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.experiment import run_all, seeds_together
+from newton_losses_nb.lab.records import read_runs
+from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+
+RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
+RELAXATIONS = "soft_sort", "neural_sort"
+TUNING, REPORTED, MORE = (1000, 1001), range(5), range(5, 10)  # Seeds
+TRIAL, SHORT, LONG = 3000, 6000, 20000  # Steps
+RATES = [dict(lr=o) for o in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
+def lams(*values): return [dict(lr=1e-3, lam=o) for o in values]
+def norms(*values): return [dict(lr=1e-3, max_norm=o) for o in values]
+
+FIRST = { # Trials: five rates, or three values at one rate and the best of these at two larger ones
+    "soft_sort": dict(none=RATES, rms=RATES, whiten=[o | dict(lam=1e-6) for o in RATES],
+                      fisher=lams(1e-3, 1e-2, .1), scalar=lams(1e-3, 1e-2, .1),
+                      hessian=lams(.1, 1., 10.), clip=norms(.1, .3, 1.),
+                      clip_grad=norms(.1, 1., 10.))}
+FIRST["neural_sort"] = FIRST["soft_sort"] | dict(
+    fisher=lams(1e-2, .1, 1.), scalar=lams(1e-2, .1, 1.), hessian=lams(1., 10., 100.),
+    clip=norms(.3, 1., 3.))
+
+def queue():
+    "What is run, in order: relaxation, method, steps, seeds, and what differs from the setting"
+    bce = dict(loss="bce")
+    for r in RELAXATIONS:
+        yield r, "none", SHORT, REPORTED, {}
+        yield r, "none", SHORT, REPORTED, bce
+        for m in ("fisher", "rms", "clip", "hessian", "whiten"): yield r, m, SHORT, REPORTED, {}
+        for o in (dict(lr=1e-3), dict(precision="float64")): yield r, "none", SHORT, REPORTED, o
+    for r in RELAXATIONS:
+        for m in ("none", "fisher", "rms"): yield r, m, LONG, REPORTED, {}
+        yield r, "none", LONG, REPORTED, bce
+    for r in RELAXATIONS: yield r, "none", SHORT, REPORTED, dict(tau=1.)
+    for r in RELAXATIONS:
+        for m in ("scalar", "clip_grad"): yield r, m, SHORT, REPORTED, {}
+    for r in RELAXATIONS:
+        for m in ("clip", "hessian", "whiten", "scalar", "clip_grad"):
+            yield r, m, LONG, REPORTED, {}
+        yield r, "none", LONG, REPORTED, dict(tau=1.)
+        yield r, "fisher", LONG, REPORTED, bce
+    for r in RELAXATIONS:
+        for m in FIRST[r]: yield r, m, LONG, MORE, {}
+        yield r, "none", LONG, MORE, bce
+
+class Missing(Exception):
+    "A trial is not finished, so its method has chosen nothing yet"
+
+class Study:
+    "The trials and runs, found or made"
+    def __init__(self, a):
+        self.a, self.digits = a, load_digits(data_dir=a.data_dir) if a.data_dir else load_digits()
+        self.same = dict(n=10, batch=100, network=a.network, device=a.device)
+        name = "hard_" + f"{a.network}_"*(a.network != "small") + a.device
+        self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "")}
+        self.found = {k: {r["key"]: r for r in read_runs(f)} if [*f.glob("*.jsonl")] else {}
+                      for k, f in folders.items()}
+
+    def tasks(self, relaxation, method, seeds, steps, tau=.1, loss="bce_clamped", **setting):
+        steps, every = max(1, steps//self.a.shrink), max(1, 200//self.a.shrink)
+        sets = max(10, 1000//self.a.shrink)
+        given = self.same | dict(tau=tau, loss=loss, lam=1., max_norm=.1) | setting
+        return [SortingTask(sorting_config(relaxation, method, seed=s, steps=steps,
+                eval_every=every, eval_sets=sets, **given), self.digits) for s in seeds]
+
+    def records(self, kind, tasks):
+        "The records of tasks that differ in the seed; `list` makes none"
+        found, left = self.found[kind], [t for t in tasks if t.key not in self.found[kind]]
+        if left and self.a.verb == "run":
+            name = left[0].config["relaxation"]
+            made = run_all(left, self.folders[kind], name, engine=seeds_together)
+            found |= {r["key"]: r for r in made}
+        return [found[t.key] for t in tasks if t.key in found]
+
+    def score(self, relaxation, method, loss, setting):
+        "Mean best validation match of a trial; a failed run counts as zero"
+        tasks = self.tasks(relaxation, method, TUNING, TRIAL, loss=loss, **setting)
+        records = self.records("_tuning", tasks)
+        if len(records) < len(tasks): raise Missing
+        match = [r["result"]["valid_exact_match"] if r["result"] else 0. for r in records]
+        return sum(match)/len(match)
+
+    def chosen(self, relaxation, method, loss):
+        "The best trial; the first of equals"
+        scored = [(o, self.score(relaxation, method, loss, o)) for o in FIRST[relaxation][method]]
+        first = max(scored, key=lambda o: o[1])[0]
+        more = [first | dict(lr=o) for o in (3e-3, 1e-2)] if len(scored) == 3 else []
+        scored += [(o, self.score(relaxation, method, loss, o)) for o in more]
+        return max(scored, key=lambda o: o[1])[0]
+
+    def go_through(self):
+        "Make or list the rows of the queue"
+        for relaxation, method, steps, seeds, more in islice(queue(), self.a.rows):
+            what = f"{relaxation} {method} {more or ''} {steps} steps"
+            name = f"{what}, seeds {seeds[0]}-{seeds[-1]}:"
+            try: setting = self.chosen(relaxation, method, more.get("loss", "bce_clamped"))
+            except Missing:
+                print(name, "trials to do"); continue
+            tasks = self.tasks(relaxation, method, seeds, steps, **(setting | more))
+            records = self.records("", tasks)
+            match = " ".join(f"{100*r['result']['exact_match']:.1f}" if r["result"] else "failed"
+                             for r in records)
+            print(name, setting, f"{len(records)} of {len(tasks)} runs", match, flush=True)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("verb", choices=("list", "run"))
+    p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
+    p.add_argument("--out", default=RESULTS, help="where the folders of results are")
+    p.add_argument("--network", default="small"); p.add_argument("--device", default="cpu")
+    p.add_argument("--shrink", type=int, default=1, help="divides all numbers of steps")
+    p.add_argument("--rows", type=int, help="only the first rows of the queue")
+    a = p.parse_args()
+    if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
+    Study(a).go_through()
+
+if __name__ == "__main__": main()
