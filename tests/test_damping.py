@@ -41,7 +41,9 @@ def by_sums(kind, G, H):
     if kind == "fisher": lam = lam.maximum(m*mu*(N**-.5 - 1/m))
     else: lam = lam + (-e.min()).clamp_min(0)
     D = torch.stack([torch.linalg.solve(C + lam*torch.eye(m).to(C), g) for g in G])
-    return (mu + lam)/G.square().mean().sqrt()*D
+    lengths = G.norm(dim=1)
+    even = lengths.sqrt().mean()**2/lengths.square().mean().sqrt()
+    return even*(mu + lam)*D
 
 
 DIRECTIONS = {"fisher": Fisher(), "hessian": Hessian(), "diagonal": DiagonalHessian()}
@@ -63,7 +65,8 @@ def test_no_more_directions_than_the_root_of_the_samples():
     mu = G.square().mean()
     lam = 50*mu*(1/3 - 1/50)
     F = G.mT @ G/9
-    assert_close(D, (mu + lam)/mu.sqrt()*torch.linalg.solve(F + lam*torch.eye(50).to(F), G.mT).mT)
+    even = G.norm(dim=1).sqrt().mean()**2/G.norm(dim=1).square().mean().sqrt()
+    assert_close(D, even*(mu + lam)*torch.linalg.solve(F + lam*torch.eye(50).to(F), G.mT).mT)
     e = torch.linalg.eigvalsh(F)
     assert (e/(e + lam)).sum() < 3
 
@@ -80,17 +83,24 @@ def test_no_unit(direction, factor):
     y, u = data()
     find = lambda f, *a: OutputLoss(f, direction).directions(*a)[1]
     D = find(bumpy, y, u)
-    assert_close(find(lambda y, u: factor*bumpy(y, u), y, u), D, rtol=1e-6, atol=1e-8)
+    own = type(direction) in (Scalar, Normalize)                # these have a length without unit
+    length = 1 if own else factor
+    assert_close(find(lambda y, u: factor*bumpy(y, u), y, u)/length, D, rtol=1e-6, atol=1e-8)
     unit = factor**.5
-    assert_close(find(lambda y, u: bumpy(y/unit, u), unit*y, u), D, rtol=1e-6, atol=1e-8)
+    assert_close(find(lambda y, u: bumpy(y/unit, u), unit*y, u)*(1 if own else unit), D, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("direction", ALL, ids=repr)
 def test_bounded_and_safe_at_zero(direction):
-    "Entries about one; zero for a gradient of zero"
+    "About as long as the gradient, even if a sample explodes; zero for a gradient of zero"
     y, u = data()
+    G, _ = derivatives(y, u)
+    size = lambda x: x.square().mean().sqrt()
     _, D = OutputLoss(bumpy, direction).directions(y, u)
-    assert .1 < D.square().mean().sqrt() < 20
+    if type(direction) not in (Scalar, Normalize): assert .1 < size(D)/size(G) < 20
+    w = torch.ones(len(y)).to(y); w[3] = 1e6
+    _, D = OutputLoss(lambda y, u, w: w*bumpy(y, u), direction).directions(y, u, w)
+    assert size(D) < 2e3*size(G) < size(w[:, None]*G)/10
     _, D = OutputLoss(lambda y: (y - y.detach()).square().sum(-1), direction, check=False).directions(y)
     assert_close(D, torch.zeros_like(y))
 

@@ -42,6 +42,7 @@ class Evidence(NamedTuple):
     count: Float[Tensor, "*b m"]|None = None  # How many samples have each output
     samples: Float[Tensor, "*b"]|None = None  # How many samples there are
     spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of the samples' curvatures
+    roots: Float[Tensor, "*b"]|None = None    # Square roots of the lengths of their gradients
     total: Float[Tensor, "..."]|None = None   # Curvatures (*b, m, m), or their diagonals (*b, m)
     rows: Float[Tensor, "*b M m"]|None = None # Gradients whose outer products are the curvature
 
@@ -49,6 +50,7 @@ class Evidence(NamedTuple):
     def of(cls, b:Batch, **more) -> "Evidence":
         "The sums that every direction may use, and `more`"
         square = b.G.square().sum(-2)
+        if "spread" in more: more["roots"] = b.G.square().sum(-1).pow(.25).sum(-1)
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         count = torch.full_like(square, b.G.shape[-2])
         return cls(square, count, count[..., 0], **more)

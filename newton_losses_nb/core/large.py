@@ -92,7 +92,7 @@ class Krylov(Damped):
         if self.lam == "auto":
             found = [(P.sum(-2), P.square().sum((-2, -1))) for P in products(_signs(b.G))]
             P, squares = map(torch.cat, zip(*found))
-            sums = sums._replace(total=P.movedim(0, -2), spread=squares.mean(0))
+            sums = Evidence.of(b, total=P.movedim(0, -2), spread=squares.mean(0))
         return _Products(sums, (total,))
 
     def damping(self, e):
@@ -102,10 +102,12 @@ class Krylov(Damped):
         if self.lam != "auto": return damping(self.lam, s, rms if callable(self.lam) else None)
         size, trace = s.total.square().sum(-1).mean(-1), (V*s.total).sum(-1).mean(-1)
         m = (s.count > 0).sum(-1)
-        mu, r = (size/m).sqrt()/s.samples.clamp_min(1), s.mean_square
+        N = s.samples.clamp_min(1)
+        mu, length = (size/m).sqrt()/N, (s.square.sum(-1)/N).sqrt()
         lam = mu*shrinkage(s.samples, m, s.spread, size, (trace.square()/size).minimum(m))
         tiny = torch.finfo(lam.dtype).tiny
-        long = ((mu + lam)/r.where(r > 0, 1).sqrt()).where(s.samples > 1, 1.)
+        even = (s.roots/N).square()/length.where(length > 0, 1)
+        long = (even*(mu + lam)).where(N > 1, 1.)
         return lam.clamp_min(tiny), long[..., None, None]
 
     def forward(self, e, G, mask=None):

@@ -65,7 +65,10 @@ def damping(
     square = e.mean_square
     if isinstance(lam, str):
         lam, mu = _auto_damping(e, eigenvalues)
-        size = (mu + lam)**power/square.where(square > 0, 1).sqrt()
+        N = e.samples.clamp_min(1)
+        length = (e.square.sum(-1)/N).sqrt()
+        even = (e.roots/N).square()/length.where(length > 0, 1)
+        size = even*(mu + lam)**power
         if eigenvalues is not None: size = size.where(e.samples > 1, 1.)
         return lam, size[..., None, None]
     found = lam(square, eigenvalues) if callable(lam) else lam
