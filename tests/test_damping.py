@@ -160,3 +160,13 @@ def test_cosine():
     G = derivatives(y, u)[0]
     assert plain.cosine == pytest.approx(1)
     assert newton.cosine == pytest.approx(float((D*G).sum()/D.norm()/G.norm()))
+
+
+@pytest.mark.parametrize("direction", ALL + [Hessian(.1), PerSample(Hessian()), PerSample(Fisher())], ids=repr)
+def test_few_samples(direction):
+    "None, or one: a value and a gradient, the first call included"
+    for n in (0, 1):
+        y, u = (x[:n] for x in data())
+        y = y.clone().requires_grad_()
+        OutputLoss(bumpy, direction)(y, u).backward()
+        assert y.grad.shape == (n, 4) and y.grad.isfinite().all()

@@ -99,7 +99,7 @@ def derivatives(
             "loss_fn: expected values that depend on y, got values that do not (a detach inside?)")
         if check and len(y) > 1: _check_independent(loss, G, y)
         H = second and partial(_products, G, y)
-        if check and second: _check_second(loss_fn, y, args, G.detach(), H)
+        if check and second and len(y): _check_second(loss_fn, y, args, G.detach(), H)
         if second in ("full", "diagonal"): H = _unit_products(H, y, second == "full")
     return loss.detach(), G.detach(), H
 

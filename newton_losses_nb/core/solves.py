@@ -60,7 +60,7 @@ def damping(
     e:Evidence,                                  # Sums over the samples
     eigenvalues:Float[Tensor, "*b m"]|None=None, # Spectrum of the curvature; None: a Fisher
     power:float=1.,                              # Power of the direction
-) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]|float]: # λ, and a factor on the direction
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]|float]: # λ, and a factor on directions
     "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
     square = e.mean_square
     if isinstance(lam, str):
