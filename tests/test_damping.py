@@ -83,7 +83,7 @@ def test_no_unit(direction, factor):
     y, u = data()
     find = lambda f, *a: OutputLoss(f, direction).directions(*a)[1]
     D = find(bumpy, y, u)
-    own = type(direction) in (Scalar, Normalize)                # these have a length without unit
+    own = type(direction) is Normalize                          # this has a length without unit
     length = 1 if own else factor
     assert_close(find(lambda y, u: factor*bumpy(y, u), y, u)/length, D, rtol=1e-6, atol=1e-8)
     unit = factor**.5
@@ -97,7 +97,7 @@ def test_bounded_and_safe_at_zero(direction):
     G, _ = derivatives(y, u)
     size = lambda x: x.square().mean().sqrt()
     _, D = OutputLoss(bumpy, direction).directions(y, u)
-    if type(direction) not in (Scalar, Normalize): assert .1 < size(D)/size(G) < 20
+    if type(direction) is not Normalize: assert .1 < size(D)/size(G) < 20
     w = torch.ones(len(y)).to(y); w[3] = 1e6
     _, D = OutputLoss(lambda y, u, w: w*bumpy(y, u), direction).directions(y, u, w)
     assert size(D) < 2e3*size(G) < size(w[:, None]*G)/10
@@ -121,13 +121,14 @@ def test_order_and_pieces(direction):
 
 
 def test_one_sample_alone():
-    "A sample's own Hessian: half known, and Newton's own length"
+    "A sample's own Hessian: half known, and as long as its gradient"
     y, u = data(6)
     G, H = derivatives(y, u)
     _, D = OutputLoss(bumpy, PerSample(Hessian(eigenvalues="abs"))).directions(y, u)
     for d, g, h in zip(D, G, H):
         e, V = torch.linalg.eigh(h)
-        assert_close(d, V @ ((V.mT @ g)/(e.abs() + e.abs().mean())))
+        mu = e.abs().mean()
+        assert_close(d, 2*mu*V @ ((V.mT @ g)/(e.abs() + mu)))
 
 
 def test_remembered_samples_are_samples():
@@ -170,3 +171,17 @@ def test_few_samples(direction):
         y = y.clone().requires_grad_()
         OutputLoss(bumpy, direction)(y, u).backward()
         assert y.grad.shape == (n, 4) and y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("direction", ALL, ids=repr)
+def test_no_curvature_no_turn(direction):
+    "A linear loss has no Hessian: what is sent back is the gradient"
+    if not direction.second: pytest.skip("a Fisher")
+    if direction.memory: direction.reset()                      # of the test above
+    G = data()[0]
+    linear = lambda y, G: (y*G).sum(-1) + 0*y.square().sum(-1)
+    for unit in (False,) if direction.memory else (False, True):
+        loss = OutputLoss(linear, PerSample(direction) if unit else direction, check=False)
+        _, D = loss.directions(torch.zeros_like(G), G)
+        even = 1 if unit else G.norm(dim=1).sqrt().mean()**2/G.norm(dim=1).square().mean().sqrt()
+        assert_close(D, even*G)

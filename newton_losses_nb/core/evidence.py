@@ -47,10 +47,10 @@ class Evidence(NamedTuple):
     rows: Float[Tensor, "*b M m"]|None = None # Gradients whose outer products are the curvature
 
     @classmethod
-    def of(cls, b:Batch, **more) -> "Evidence":
-        "The sums that every direction may use, and `more`"
+    def of(cls, b:Batch, lengths:bool=False, **more) -> "Evidence":
+        "The sums that every direction may use, those of `evenness` if wanted, and `more`"
         square = b.G.square().sum(-2)
-        if "spread" in more: more["roots"] = b.G.square().sum(-1).pow(.25).sum(-1)
+        if lengths: more["roots"] = b.G.square().sum(-1).pow(.25).sum(-1)
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         count = torch.full_like(square, b.G.shape[-2])
         return cls(square, count, count[..., 0], **more)
@@ -92,6 +92,13 @@ class Evidence(NamedTuple):
         "Mean over outputs of the mean squared gradient"
         used = self.count > 0
         return (self.square/self.count.where(used, 1)).sum(-1)/used.sum(-1).clamp_min(1)
+
+    @property
+    def evenness(self) -> Float[Tensor, "*b"]:
+        "Of the gradients' lengths, at most 1: (mean √length)² over their root mean square"
+        N = self.samples.clamp_min(1)
+        length = (self.square.sum(-1)/N).sqrt()
+        return (self.roots/N).square()/length.where(length > 0, 1)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .evidence import Evidence, Group
 from .newton import Damped
-from .solves import damping, number, random_signs, shrinkage
+from .solves import damping, number, random_signs
 
 # %% ../../nbs/core/06_large.ipynb #802ef610
 class _CGResult(NamedTuple):
@@ -92,23 +92,20 @@ class Krylov(Damped):
         if self.lam == "auto":
             found = [(P.sum(-2), P.square().sum((-2, -1))) for P in products(_signs(b.G))]
             P, squares = map(torch.cat, zip(*found))
-            sums = Evidence.of(b, total=P.movedim(0, -2), spread=squares.mean(0))
+            sums = Evidence.of(b, True, total=P.movedim(0, -2), spread=squares.mean(0))
         return _Products(sums, (total,))
 
     def damping(self, e):
         "λ and the factor on the direction; eigenvalues by their size in products with signs"
         s, V = e.sums, _signs(e.sums.square.unsqueeze(-2))
-        if callable(self.lam): rms = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
-        if self.lam != "auto": return damping(self.lam, s, rms if callable(self.lam) else None)
-        size, trace = s.total.square().sum(-1).mean(-1), (V*s.total).sum(-1).mean(-1)
-        m = (s.count > 0).sum(-1)
-        N = s.samples.clamp_min(1)
-        mu, length = (size/m).sqrt()/N, (s.square.sum(-1)/N).sqrt()
-        lam = mu*shrinkage(s.samples, m, s.spread, size, (trace.square()/size).minimum(m))
-        tiny = torch.finfo(lam.dtype).tiny
-        even = (s.roots/N).square()/length.where(length > 0, 1)
-        long = (even*(mu + lam)).where(N > 1, 1.)
-        return lam.clamp_min(tiny), long[..., None, None]
+        if callable(self.lam):
+            size = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
+            return damping(self.lam, s, size)
+        if self.lam != "auto": return damping(self.lam, s)
+        m, size = (s.count > 0).sum(-1), s.total.square().sum(-1).mean(-1)
+        even = ((V*s.total).sum(-1).mean(-1).square()/size).minimum(m)
+        mu = (size/m).sqrt()/s.samples.clamp_min(1)
+        return damping("auto", s, known=(mu, size, even))
 
     def forward(self, e, G, mask=None):
         start, N = 0, G.shape[-2]

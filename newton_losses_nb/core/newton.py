@@ -82,7 +82,7 @@ class Fisher(Damped):
 
     def observe(self, b):
         if self.lam != "auto": return Evidence.of(b, rows=b.G)
-        return Evidence.of(b, rows=b.G, spread=b.G.square().sum(-1).square().sum(-1))
+        return Evidence.of(b, True, rows=b.G, spread=b.G.square().sum(-1).square().sum(-1))
 
     def damping(self, e): return damping(self.lam, e, None, self.power)
     def solve(self, e, G, lam): return fisher_step(e, G, lam, self.power, self.lam == "auto")
@@ -111,7 +111,7 @@ class Hessian(Damped):
 
     def observe(self, b):
         if self.lam != "auto": return Evidence.of(b, total=b.H.sum(-3))
-        return Evidence.of(b, total=b.H.sum(-3), spread=b.H.square().sum((-3, -2, -1)))
+        return Evidence.of(b, True, total=b.H.sum(-3), spread=b.H.square().sum((-3, -2, -1)))
 
     def damping(self, e, found=None):
         values, _ = found or spectrum(e.mean, self.eigenvalues)
@@ -151,7 +151,7 @@ class Whiten(Fisher):
 class DiagonalFisher(Damped):
     "The Fisher step with the diagonal of F only"
     def observe(self, b):
-        e = Evidence.of(b, spread=b.G.square().square().sum((-2, -1)))
+        e = Evidence.of(b, True, spread=b.G.square().square().sum((-2, -1)))
         return e._replace(total=e.square)
 
     def forward(self, e, G, mask=None):
@@ -170,7 +170,7 @@ class DiagonalHessian(Damped):
 
     def observe(self, b):
         c = b.H if self.probes is None else self.estimate(b)
-        return Evidence.of(b, total=c.sum(-2), spread=c.square().sum((-2, -1)))
+        return Evidence.of(b, True, total=c.sum(-2), spread=c.square().sum((-2, -1)))
 
     def estimate(self, b):
         "Diagonals of the samples' Hessians from products with random vectors"
@@ -226,12 +226,13 @@ class Normalize(Direction):
 
 class Scalar(Damped):
     "Newton step for a Fisher that is the same in all directions orthogonal to the vector of ones"
+    def observe(self, b): return Evidence.of(b, self.lam == "auto")
     def forward(self, e, G, mask=None):
+        if self.lam == "auto": return e.evenness[..., None, None]*G
         n = e.samples.where(e.samples > 0, 1)
         others = e.count.sum(-1)/n - 1
-        c = (e.square.sum(-1)/n/others.where(others > 0, 1))[..., None, None]
-        if self.lam == "auto": return G/c.sqrt().clamp_min(torch.finfo(G.dtype).tiny)
-        return G/(c + damping(self.lam, e)[0][..., None, None])
+        c = e.square.sum(-1)/n/others.where(others > 0, 1) + damping(self.lam, e)[0]
+        return G/c[..., None, None]
 
 # %% ../../nbs/core/04_newton.ipynb #45d7bb75
 class OutputLoss(nn.Module):
