@@ -156,8 +156,8 @@ class _PermutationLoss(nn.Module):
         "Loss of every sample; `target` is labels `(N, n)` or permutations `(N, n, n)`"
         P = self.permutation(y)
         T = true_permutation(target).to(P) if target.ndim == y.ndim else target.to(P)
-        return self.loss(P, T) if callable(self.loss) else ranking_loss(P, T, self.loss,
-                                                                        self.log)
+        if callable(self.loss): return self.loss(P, T)
+        return ranking_loss(P, T, self.loss, self.log)
 
 # %% ../../nbs/core/08_adapters.ipynb #d574fd48
 def permutation_loss(

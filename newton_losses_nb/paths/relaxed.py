@@ -103,8 +103,8 @@ class _Flat:
 def _walk_forward(cost, beta, n_iter, steps):
     "Where the walk is at each step, `(C, B)` each; and what to keep"
     flat, far = _Flat(*cost.shape), (-beta*_far(cost, beta))[:, 0, 0]
-    step, u, e = cost.new_zeros(flat.C, flat.B), *(cost.new_empty(8, flat.C, flat.B)
-                                                   for _ in range(2))
+    step = cost.new_zeros(flat.C, flat.B)
+    u, e = (cost.new_empty(8, flat.C, flat.B) for _ in range(2))
     flat.grids(step).copy_(beta*cost)
     scores = [flat.padded(far)]
     flat.inner(scores[0])[0] = 0

@@ -211,8 +211,8 @@ def _autograd_slopes(c, relaxation, steepness, order):
 
 def _first_slope(c, relaxation, steepness):
     "Derivative of α alone"
-    if relaxation not in _DENSITIES: return _autograd_slopes(c, relaxation, steepness,
-                                                             1)[0]
+    if relaxation not in _DENSITIES:
+        return _autograd_slopes(c, relaxation, steepness, 1)[0]
     v = steepness*c
     return (steepness*_DENSITIES[relaxation](v.clamp(-1e10, 1e10))[0]).masked_fill(
         v.abs() > 1e10, 0.)
@@ -461,6 +461,5 @@ def _check_target(s, P_true, kind):
     if P_true.shape != (*s.shape, s.shape[-1]):
         raise ValueError(f"P_true: expected shape (..., n, n) for scores "
                          f"{tuple(s.shape)}, got {tuple(P_true.shape)}")
-    if P_true.device != s.device: raise ValueError(f"P_true: expected a tensor on the "
-                                                   f"device of s, {s.device}, got "
-                                                   f"{P_true.device}")
+    if P_true.device != s.device: raise ValueError(
+        f"P_true: expected a tensor on the device of s, {s.device}, got {P_true.device}")
