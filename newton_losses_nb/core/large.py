@@ -23,7 +23,7 @@ class _CGResult(NamedTuple):
     x: Float[Tensor, "*b m"]|None  # Solutions
     residual: Float[Tensor, "*b"]  # Relative residuals ‖b − Ax‖/‖b‖, as the iteration counts them
     negative: Bool[Tensor, "*b"]   # Stopped at a direction of negative curvature?
-    iterations: int                # _Products that were asked for
+    iterations: int                # Products that were asked for
 
 def conjugate_gradient(
     product:Callable,        # `product(V)`: rows C V_k; C symmetric
@@ -64,7 +64,7 @@ class _Products(NamedTuple):
     def pooled(self, group): return _Products(self.sums.pooled(group), self.parts, group)
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
-        "_Products with the mean Hessian, each entry a mean over the samples that have it"
+        "Products with the mean Hessian, each entry a mean over the samples that have it"
         root = self.sums.count.where(self.sums.count > 0, 1).sqrt().unsqueeze(-2)
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root
