@@ -27,6 +27,7 @@ def norms(*values): return [dict(lr=1e-3, max_norm=o) for o in values]
 
 FIRST = { # Trials: five rates, or three values at one rate and the best of these at two larger ones
     "soft_sort": dict(none=RATES, rms=RATES, whiten=[o | dict(lam=1e-6) for o in RATES],
+                      default=[o | dict(lam="shrinkage") for o in RATES],  # a Fisher
                       fisher=lams(1e-3, 1e-2, .1), scalar=lams(1e-3, 1e-2, .1),
                       hessian=lams(.1, 1., 10.), clip=norms(.1, .3, 1.),
                       clip_grad=norms(.1, 1., 10.))}
@@ -40,16 +41,15 @@ def queue():
     for r in RELAXATIONS:
         yield r, "none", SHORT, REPORTED, {}
         yield r, "none", SHORT, REPORTED, bce
-        for m in ("fisher", "rms", "clip", "hessian", "whiten"): yield r, m, SHORT, REPORTED, {}
+        for m in ("fisher", "rms", "clip", "default", "whiten", "hessian", "scalar", "clip_grad"):
+            yield r, m, SHORT, REPORTED, {}
         for o in (dict(lr=1e-3), dict(precision="float64")): yield r, "none", SHORT, REPORTED, o
     for r in RELAXATIONS:
         for m in ("none", "fisher", "rms"): yield r, m, LONG, REPORTED, {}
         yield r, "none", LONG, REPORTED, bce
     for r in RELAXATIONS: yield r, "none", SHORT, REPORTED, dict(tau=1.)
     for r in RELAXATIONS:
-        for m in ("scalar", "clip_grad"): yield r, m, SHORT, REPORTED, {}
-    for r in RELAXATIONS:
-        for m in ("clip", "hessian", "whiten", "scalar", "clip_grad"):
+        for m in ("clip", "default", "whiten", "hessian", "scalar", "clip_grad"):
             yield r, m, LONG, REPORTED, {}
         yield r, "none", LONG, REPORTED, dict(tau=1.)
         yield r, "fisher", LONG, REPORTED, bce
@@ -73,6 +73,7 @@ class Study:
     def tasks(self, relaxation, method, seeds, steps, tau=.1, loss="bce_clamped", **setting):
         steps, every = max(1, steps//self.a.shrink), max(1, 200//self.a.shrink)
         sets = max(10, 1000//self.a.shrink)
+        method = "fisher" if method == "default" else method
         given = self.same | dict(tau=tau, loss=loss, lam=1., max_norm=.1) | setting
         return [SortingTask(sorting_config(relaxation, method, seed=s, steps=steps,
                 eval_every=every, eval_sets=sets, **given), self.digits) for s in seeds]
