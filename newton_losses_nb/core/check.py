@@ -10,7 +10,6 @@ __all__ = ['QUESTIONS', 'FixedNoise', 'Probe', 'natural_step', 'Fit', 'compare',
 import copy
 import functools
 import gc
-import math
 import random
 import sys
 import textwrap
@@ -28,7 +27,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from .derivatives import check_outputs, derivatives
 from .newton import (
-    ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, Whiten)
+    ClippedLoss, Direction, Fisher, NewtonLoss, NormalizedLoss, OutputLoss, Whiten)
 
 # %% ../../nbs/core/07_check.ipynb #fae74257
 def _reachable(root, limit=10_000):
@@ -489,29 +488,64 @@ def cosine(A:Tensor, B:Tensor) -> float: # Of all numbers in them
     size = float(A.norm()*B.norm())
     return max(-1., min(1., float((A*B).sum())/size)) if size else 1.
 
+def _linear(y, G): return (y*G).sum(-1)
+
+def _by_part(loss, G, rows):
+    "Directions of all gradients by the curvature of some"
+    with loss.accumulated([(0*G[rows], G[rows])]): return loss.directions(0*G, G)[1]
+
+def _halves(G, splits):
+    "Random halves of the rows, whatever their order"
+    order, draw = _norm(G).argsort(), torch.Generator().manual_seed(0)
+    for _ in range(splits):
+        some = torch.randperm(len(G), generator=draw, device="cpu").to(G.device)
+        yield order[some].tensor_split(2)
+
 def newton_turn(
     G:Float[Tensor, "N m"], # Gradients of the samples' losses
     splits:int=8,           # How often the batch is halved
 ) -> tuple[float, float]:   # Two cosines
     "Between directions and gradients; between directions by either half's curvature"
-    G = G[_norm(G).argsort()].double()
-    newton, halves = NewtonLoss(lambda y, G: (y*G).sum(-1)), 0.
-    draw = torch.Generator().manual_seed(0)
-    def directions(): return newton.directions(0*G, G)[1]
-    def by(rows):
-        with newton.accumulated([(0*G[rows], G[rows])]): return directions()
-    for _ in range(splits):
-        order = torch.randperm(len(G), generator=draw, device="cpu").to(G.device)
-        a, b = order.tensor_split(2)
-        halves += cosine(by(a), by(b))/splits
-    return cosine(directions(), G), halves
+    newton, halves = NewtonLoss(_linear), 0.
+    for a, b in _halves(G, splits):
+        halves += cosine(_by_part(newton, G, a), _by_part(newton, G, b))/splits
+    return cosine(newton.directions(0*G, G)[1], G), halves
+
+# %% ../../nbs/core/07_check.ipynb #660c3175
+def _taken(p, loss, rows, others, steps):
+    "Most that some steps take off the loss of `rows`, by the curvature of `others`"
+    where = p.good.nonzero()[:, 0]
+    rows, begin = where[rows], p.values(p.y)
+    def ahead(y, length, D): return y - 10.**length*D
+    def value(y): return p.values(y)[rows].mean().nan_to_num(torch.inf, torch.inf)
+    def direction(y):
+        G = p.gradient(y)[where].nan_to_num()
+        return torch.zeros_like(y).index_copy(0, where, _by_part(loss, G, others))
+    D = direction(p.y)
+    unit = float((natural_step(p.y)/D[rows].square().mean().sqrt()).log10())
+    near = min((unit + k/3 for k in range(-15, 4)), key=lambda o: value(ahead(p.y, o, D)))
+    least = value(ahead(p.y, near, D))
+    for length in (near + k/3 for k in range(-2, 3)):
+        y = p.y
+        for _ in range(steps): y = ahead(y, length, direction(y))
+        least = min(least, value(y))
+    return float(begin[rows].mean() - least)
+
+def _gains(p, steps=4):
+    "Loss that steps along a direction take, over what steps along the gradient take"
+    losses = [OutputLoss(_linear, d) for d in (Direction(), Fisher(), Whiten())]
+    (a, b), = _halves(p.G[p.good], 1)
+    plain, *taken = [sum(_taken(p, loss, *o, steps) for o in ((a, b), (b, a)))
+                     for loss in losses]
+    return [o/plain if plain > 0 else 1. for o in taken]
 
 def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
-    turn, halves = newton_turn(G)
-    return _ok((turn, halves), f"cosine {turn:.2f} to the gradient, {halves:.2f} "
-               "between two halves of the batch")
+    turn, halves = newton_turn(G.double())
+    newton, whitened = _gains(p) if turn < 0.9 else (1., 1.)
+    return _ok((turn, halves, newton, whitened), f"cosine {turn:.2f} to the gradient, "
+               f"{halves:.2f} between two halves of the batch")
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 def _recommend(p):
@@ -527,20 +561,19 @@ def _recommend(p):
         "Plain training. Mend the gradient first; no direction helps a wrong one.")
     if found["Newton direction"] is None: return *plain, (
         "Plain training: this batch is too small to tell.")
-    turn, halves = found["Newton direction"]
+    turn, _, newton, whitened = found["Newton direction"]
     if turn >= 0.9: return *plain, (
         "Plain training: the Newton direction is nearly the gradient, a rescaling.")
-    ratio, (n, m) = math.acos(halves)/math.acos(turn), p.y.shape
-    if ratio > 2/3 or n < 2*m: return *plain, (
-        "Plain training: the Newton direction is another one, but this batch cannot "
-        "tell curvature from noise.")
-    if turn > 0.8 or ratio > 1/2: return OutputLoss, dict(direction=Whiten()), (
-        "Whitening: curvature turns the gradient, but not by much more than noise "
-        "does; so half of a Newton step.")
+    gain = max(newton, whitened)
+    why = f"steps along it take {gain:.2f} times the loss that gradient steps take."
+    if gain < 1.25: return *plain, (
+        f"Plain training: the Newton direction is another one, but {why}")
+    if newton < gain: return OutputLoss, dict(direction=Whiten()), (
+        f"Whitening, half of a Newton step: {why}")
     right = found["second derivative"] == "right" and p.found["float32"].verdict == "ok"
     return NewtonLoss, {}, (
-        "Newton's step: it turns the gradient, and both halves of the batch agree "
-        "where to." + " The second derivative is right, so you may also try "
+        f"Newton's step: it turns the gradient, and {why}"
+        + " The second derivative is right, so you may also try "
         "curvature='hessian', eigenvalues='abs'."*right)
 
 def _bounded(p):
