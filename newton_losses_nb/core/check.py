@@ -566,7 +566,7 @@ def _recommend(p):
         "Plain training: the Newton direction is nearly the gradient, a rescaling.")
     gain = max(newton, whitened)
     why = f"steps along it take {gain:.2f} times the loss that gradient steps take."
-    if gain < 1.25: return *plain, (
+    if gain < 4/3: return *plain, (
         f"Plain training: the Newton direction is another one, but {why}")
     if newton < gain: return OutputLoss, dict(direction=Whiten()), (
         f"Whitening, half of a Newton step: {why}")
