@@ -277,7 +277,8 @@ def _check_cost(cost):
     if cost.detach().amin() >= 0: return
     nan, negative = int(cost.isnan().sum()), int((cost < 0).sum())
     got = ", ".join(f"{n} {k}" for n, k in ((nan, "NaN"), (negative, "negative")) if n)
-    hint = "; if noise made them negative, raise them first: floor=1e-3, or cost.clamp(min=1e-3)"
+    hint = ("; if noise made them negative, raise them first: floor=1e-3, "
+            "or cost.clamp(min=1e-3)")
     raise ValueError(f"cost: expected numbers, at least 0 (infinity is a wall), "
                      f"got {got} out of {cost.numel()}{hint if negative else ''}")
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .exact import NEIGHBOURS, check_grid, check_same_shape, widened
+from .exact import (
+    NEIGHBOURS, check_grid, check_same_shape, widened)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #b010533b
 def _near(padded):
-    "The eight neighbours of each cell, in row-major order: `(B, H+2, W+2)` to `(B, 8, H, W)`"
+    "The eight neighbours of each cell, row by row: `(B, H+2, W+2)` to `(B, 8, H, W)`"
     H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
     return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in NEIGHBOURS], 1)
 
@@ -164,7 +165,7 @@ def _walk_backward(g, at, shape, kept, beta):
 
 # %% ../../nbs/paths/01_relaxed.ipynb #b82c9d05
 def _needs_plain(x):
-    "Is `torch.func`, forward mode, `torch.compile` or a tensor of another kind at work?"
+    "Is `torch.func`, forward mode, `torch.compile` or another kind of tensor at work?"
     batched = torch._C._functorch.is_legacy_batchedtensor(x)
     transformed = batched or torch._C._are_functorch_transforms_active()
     forward_mode = torch.autograd.forward_ad._current_level >= 0

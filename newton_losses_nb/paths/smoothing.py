@@ -88,7 +88,7 @@ def _as_code(x):
     return getattr(x, "__name__", repr(x))
 
 def _number(name, x, least=0.):
-    "A number of Python or NumPy, or a tensor that is one, as a float; a bool is no number"
+    "A number of Python, NumPy or a tensor, as a float; a bool is no number"
     tensor = isinstance(x, Tensor) and x.ndim == 0 and x.dtype != torch.bool
     known = tensor or isinstance(x, Real) and not isinstance(x, bool)
     value = float(x) if known else float("nan")

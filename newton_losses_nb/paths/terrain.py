@@ -75,7 +75,7 @@ def _check_shapes(images, costs, paths,
 
 # %% ../../nbs/paths/03_terrain.ipynb #35ea3357
 def _refuse(name, bad, found):
-    "Raise a `ValueError` that names the first map with something bad, and what was found there"
+    "Raise a `ValueError` that names the first bad map, and what was found there"
     if not bad.any(): return
     i = bad.flatten(1).any(
         1).long().argmax().item() if bad.ndim > 1 else bad.long().argmax().item()
@@ -92,7 +92,7 @@ def _check_zero_one(paths, name='Maps: paths'):
             lambda i: f"must be 0 or 1, found {paths[i][~good[i]][0].item()}")
 
 def _check_index(index):
-    "A slice, or a list or tensor of indices in one dimension; no number, since maps stay a batch"
+    "A slice, or a list or tensor of indices; no number, since maps stay a batch"
     if isinstance(index, slice): return index
     which = torch.as_tensor(index) if isinstance(index,
                                                  (list, np.ndarray, Tensor)) else None
@@ -231,7 +231,8 @@ TERRAIN_VERSION = 1 # Raised when the same seed would give another map
 def _source(size, seed, tile=8):
     "Where generated maps come from, in words"
     pixels = '' if tile == 8 else f", {tile} pixels a tile"
-    return f"terrain (procedural, version {TERRAIN_VERSION}, size {size}, seed {seed}{pixels})"
+    return (f"terrain (procedural, version {TERRAIN_VERSION}, size {size}, "
+            f"seed {seed}{pixels})")
 
 def _whole(name, value, low):
     "An integer that is not too small"
@@ -245,7 +246,7 @@ def _draw(
     start:int,  # Number of the first map
     n:int,      # How many maps
     tile:int,   # Pixels a tile
-) -> tuple[np.ndarray, np.ndarray]: # Pictures `(n, 3, P, P)` and terrain of the tiles `(n, size, size)`
+) -> tuple[np.ndarray, np.ndarray]: # Pictures `(n, 3, P, P)`, terrain `(n, size, size)`
     "Draw maps"
     side = size*tile
     kind = _classes(size, seed, start, n)
@@ -285,7 +286,7 @@ def _load_cached(file, source, shape):
     except Exception: return None
 
 def _save_cached(file, maps):
-    "Write a cache file whole or not at all; a directory that cannot be written is no error"
+    "Write a cache file, whole or not at all; a read-only directory is no error"
     tmp, arrays = None, {k: getattr(maps, k).numpy()
                          for k in ('images', 'costs', 'paths')}
     try:
@@ -404,7 +405,7 @@ def _read_part(
 
 # %% ../../nbs/paths/03_terrain.ipynb #b5caac73
 def _check_arrays(files, images, paths, costs):
-    "Raise a `ValueError` unless shapes and types of the three arrays are the official ones"
+    "Raise a `ValueError` unless shapes and types of the arrays are the official ones"
     arrays, shapes = (images, paths, costs), ('N, P, P, 3', 'N, H, W', 'N, H, W')
     for file, x, shape, (wanted, kinds) in zip(files, arrays, shapes, _TYPES):
         if x.dtype.kind not in kinds or (wanted == 'uint8' and x.dtype != np.uint8):
@@ -456,7 +457,7 @@ _ARCHIVE_URL = 'https://edmond.mpg.de/api/access/datafile/102059'
 _ARCHIVE_HASH = 'md5:acea5ea60a47664ff189923a84814e96'
 
 def _fetch_archive(top, progress, url, known):
-    "The archive, downloaded with pooch unless it is there; or an error that names the way out"
+    "The archive, downloaded with pooch unless it is there; or an error with the remedy"
     pooch = need('pooch')
     get = pooch.HTTPDownloader(progressbar=progress, timeout=30)
     try:

@@ -19,7 +19,8 @@ from newton_losses_nb.sorting.relaxations import (
     centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss,
     soft_sort,
     true_permutation)
-from .networks import SIGMOIDS, comparators, network_derivatives, sorting_network
+from .networks import (
+    SIGMOIDS, comparators, network_derivatives, sorting_network)
 
 # %% ../../nbs/sorting/02_losses.ipynb #52625f3a
 _all_ = ["comparators", "log_complement", "neural_sort", "ranking_loss", "soft_sort",
@@ -35,7 +36,7 @@ class SortingLoss(nn.Module):
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
         network:str="odd_even",       # Comparisons of a sorting network
-        fuse:bool=False,              # Let `torch.compile` fuse derivatives? Needs a compiler
+        fuse:bool=False,              # Compile the derivatives? Needs a C++ compiler
     ):
         super().__init__()
         choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **SIGMOIDS}

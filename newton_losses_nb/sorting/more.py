@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .relaxations import centred, check_positive, log_add_exp, log_sigmoid, log_sum_exp
+from .relaxations import (
+    centred, check_positive, log_add_exp, log_sigmoid, log_sum_exp)
 
 # %% ../../nbs/sorting/03_more.ipynb #33e05a60
 def expected_ranks(

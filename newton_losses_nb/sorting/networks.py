@@ -462,4 +462,5 @@ def _check_target(s, P_true, kind):
         raise ValueError(f"P_true: expected shape (..., n, n) for scores "
                          f"{tuple(s.shape)}, got {tuple(P_true.shape)}")
     if P_true.device != s.device: raise ValueError(
-        f"P_true: expected a tensor on the device of s, {s.device}, got {P_true.device}")
+        f"P_true: expected a tensor on the device of s, {s.device}, "
+        f"got {P_true.device}")

@@ -124,7 +124,7 @@ def true_permutation(
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #3fe6a190
 def _may_look(x):
-    "May Python look at the numbers in `x`? Not in a transform or a CUDA graph's capture"
+    "May Python read the numbers in `x`? Not in a transform or a CUDA graph's capture"
     if torch.compiler.is_compiling() or type(x) is not Tensor: return False
     if torch._C._functorch.is_functorch_wrapped_tensor(x): return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
