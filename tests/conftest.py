@@ -5,7 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-TOGETHER = ("tutorials/09_real_training", "lab/07_processes")
+TOGETHER = ("tutorials/09_real_training", "lab/13_cli")
 
 
 def pytest_collection_modifyitems(items):
