@@ -172,7 +172,6 @@ class Arm:
         c = more | self.config | tuned | candidate
         return [ablation_config(seed=s, **c) for s in seeds]
 
-# %% ../../nbs/lab/10_ablations.ipynb #ff0502d7
 # Compared with a Newton loss, beside the plain loss
 CONTROLS = ("clip", "rms", "scalar")
 _LAMS = (1e-2, 1e-1, "auto")          # Dampings to try

@@ -74,7 +74,6 @@ def _glorot(net):
         nn.init.zeros_(m.bias)
     return net
 
-# %% ../../nbs/lab/09_classification.ipynb #3677e4e2
 CLASSIFIERS = dict( # Networks by name, called with `side`
     mlp_relu=functools.partial(mlp, nn.ReLU), mlp_tanh=functools.partial(mlp, nn.Tanh),
     mlp_sigmoid=functools.partial(mlp, nn.Sigmoid),

@@ -168,7 +168,6 @@ def _fetch(name, sha256, folder, mirrors, show):
         f"could not download {name}. If you have the four MNIST files, name their "
         "directory with --data-dir (data_dir=...). Tried:\n" + '\n'.join(errors))
 
-# %% ../../nbs/lab/00_data.ipynb #a5ca4978
 def _download_mnist(folder=None, mirrors=MNIST_MIRRORS, sha256=MNIST_SHA256, show=True):
     "Download the four MNIST files into the folder `mnist`, unless they are there"
     folder = cache_dir(folder)/'mnist'

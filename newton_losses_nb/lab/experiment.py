@@ -542,7 +542,6 @@ def run_title(
     "A short name for the runs that differ in the seed"
     return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
 
-# %% ../../nbs/lab/03_experiment.ipynb #c20f2677
 def seeds_together(
     tasks:list,            # Tasks that are not finished yet
     bar,                   # A progress bar of tqdm, in training steps

@@ -90,7 +90,6 @@ class BasicBlock(nn.Module):
         "Two convolutions and what they are added to"
         return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
 
-# %% ../../nbs/lab/01_models.ipynb #ef62f373
 class MapCosts(nn.Module):
     "Costs of the cells of a map, 8 x 8 pixels each, by a network for its picture"
     def __init__(

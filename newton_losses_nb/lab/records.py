@@ -123,7 +123,6 @@ def _files(p):
                             "results"
                             + f"; these do: {', '.join(below)}"*bool(below))
 
-# %% ../../nbs/lab/02_records.ipynb #6d14601c
 def read_runs(
     paths,       # A folder (all its .jsonl files), a file, or a list of these
 ) -> list[dict]: # One record per run; of records with the same key the last one
@@ -150,7 +149,6 @@ def open_results(
     return file, {r['key']: r for f in sorted(file.parent.glob('*.jsonl'))
                   for r in _read_file(f)}
 
-# %% ../../nbs/lab/02_records.ipynb #b0778256
 def _drop_cut_line(file):
     "Remove what follows the last line end: the rest of a write that was killed"
     data = file.read_bytes()

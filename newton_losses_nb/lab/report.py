@@ -122,7 +122,6 @@ def _score(r, metric):
     raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}, "
                      f"which is {v!r}")
 
-# %% ../../nbs/lab/04_report.ipynb #699ec983
 def summary(
     runs:list[dict],          # Records, as from `read_runs`
     metric:str="exact_match", # A fraction in the results
@@ -168,7 +167,6 @@ def format_table(
         "pairs": _cells(table[["pairs"]], "{}"),
         "p (paired t)": table.p.map(shown), "p (Holm)": table.p_holm.map(shown)})
 
-# %% ../../nbs/lab/04_report.ipynb #a38ed8f1
 def _lines(cells, style):
     "Aligned text: names to the left, numbers to the right"
     align = ["left" if k in ("setting", "method") else "right" for k in cells]
