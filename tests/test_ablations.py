@@ -138,5 +138,5 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
 
 @pytest.mark.parametrize("method", ["hessian", "hessian_abs_sample"])
 def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
-    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations.STEEP)
+    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations._STEEP)
     assert fit([AblationTask(c, digits)])[0].error is None

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'METHODS', 'entry', 'PRECISIONS', 'FAILURES', 'ClipParameters', 'first_rule', 'directions', 'one_of', 'whole',
            'positive', 'damping_or_rule', 'setting', 'Settings', 'Task', 'network_precision', 'CapturedStep',
-           'Training', 'Run', 'fit', 'records_of', 'seed_groups', 'run_title', 'seeds_together', 'one_by_one',
-           'run_all']
+           'Training', 'Run', 'fit', 'records_of', 'run_title', 'seeds_together', 'one_by_one', 'run_all']
 
 # %% ../../nbs/lab/03_experiment.ipynb #462bba0c
 import contextlib, copy, functools, itertools, json, math, time
@@ -526,7 +525,7 @@ def records_of(
     return [record(run) for run in runs]
 
 # %% ../../nbs/lab/03_experiment.ipynb #58396cba
-def seed_groups(
+def _seed_groups(
     tasks:list,    # Tasks
 ) -> list[list]:   # Groups of tasks
     "Tasks whose configurations differ in the seed only, together"
@@ -545,7 +544,7 @@ def run_title(
 def seeds_together(
     tasks:list,            # Tasks that are not finished yet
     bar,                   # A progress bar of tqdm, in training steps
-    groups:Callable=seed_groups, # Which tasks to train side by side
+    groups:Callable=_seed_groups, # Which tasks to train side by side
 ) -> Iterator[dict]:       # Their records, finished or failed
     "The engine that trains the seeds of a configuration side by side"
     for group in groups(tasks):
