@@ -5,7 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-TOGETHER = ("lab/07_processes",)
+TOGETHER = ("lab/13_cli",)
 
 
 def pytest_collection_modifyitems(items):

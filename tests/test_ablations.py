@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from newton_losses_nb.lab import ablations
-from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, choose, compare_arms,
-                                        forget, reorder, run_ablation, wrong_orders)
+from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, _choose, compare_arms,
+                                        _reorder, forget, run_ablation, _wrong_orders)
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit, run_all
 from newton_losses_nb.core.newton import Fisher, OutputLoss
@@ -19,29 +19,29 @@ from newton_losses_nb.lab.report import paired_test
 from newton_losses_nb.lab.sorting import sorting_config
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
-SIZE = dict(n=5, steps=200, batch=50, lr=1e-2)
+SIZE = dict(n=5, steps=200, lr=1e-2)
 
 @pytest.fixture(scope="module")
 def digits(): return load_digits()
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_configuration_is_valid_and_occurs_once(name):
-    arms = ABLATIONS[name].arms(**SIZE)
+    arms = ABLATIONS[name](**SIZE)
     final = [c for arm in arms for k in arm.candidates for c in arm.configs(k, [0], steps=200, batch=50, n=5)]
     assert len({json.dumps(c, sort_keys=True) for c in final}) == len(final)
     for c in final: assert c["method"] in ablations.ABLATION_METHODS and "tuned_as" not in c
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_method_has_as_many_trials(name):
-    assert len({len(arm.candidates) for arm in ABLATIONS[name].arms(**SIZE)}) == 1
+    assert len({len(arm.candidates) for arm in ABLATIONS[name](**SIZE)}) == 1
 
 def test_noise_is_tuned_on_right_orders_once():
-    arms = ABLATIONS["noise"].arms(**SIZE)
+    arms = ABLATIONS["noise"](**SIZE)
     tuned = Counter(json.dumps(c, sort_keys=True) for a in arms for k in a.candidates for c in a.configs(k, [1000], {}))
     assert set(tuned.values()) == {3} and not any("noise" in json.loads(c) for c in tuned)
 
 def test_transfer_is_tuned_on_its_own_size():
-    for arm in ABLATIONS["transfer"].arms(**SIZE):
+    for arm in ABLATIONS["transfer"](**SIZE):
         c, = arm.configs(arm.candidates[0], [1000], {})
         assert "test_n" not in c and c["n"] == arm.config["n"]
 
@@ -53,7 +53,7 @@ def test_a_run_that_is_the_same_has_the_same_key(digits):
 @given(n=st.integers(2, 8), share=st.sampled_from((0., .3, 1.)), kind=st.sampled_from(ablations.ORDER_NOISE), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_wrong_orders_are_orders(n, share, kind, seed):
-    told = wrong_orders(50, n, share, kind, torch.Generator().manual_seed(seed))
+    told = _wrong_orders(50, n, share, kind, torch.Generator().manual_seed(seed))
     right = torch.arange(n)
     assert torch.equal(told.sort(1).values, right.expand(50, n))
     moved = (told != right).sum(1)
@@ -64,8 +64,8 @@ def test_wrong_orders_are_orders(n, share, kind, seed):
 
 def test_reorder_tells_the_order_that_is_told():
     labels = torch.rand(3, 4, 5)
-    told = wrong_orders(12, 5, 1., "shuffle", torch.Generator().manual_seed(0)).view(3, 4, 5)
-    T, U = true_permutation(labels), reorder(true_permutation(labels), told)
+    told = _wrong_orders(12, 5, 1., "shuffle", torch.Generator().manual_seed(0)).view(3, 4, 5)
+    T, U = true_permutation(labels), _reorder(true_permutation(labels), told)
     right = (T @ labels.unsqueeze(-1)).squeeze(-1)
     assert_close((U @ labels.unsqueeze(-1)).squeeze(-1), right.gather(-1, told))
 
@@ -104,7 +104,7 @@ def record(c, match): return dict(config=c, key=json.dumps(c), status="ok" if ma
 def test_choice_is_the_best_mean_and_failures_count_as_zero():
     matches = {(1e-3, 0): .3, (1e-3, 1): .3, (1e-2, 0): .9, (1e-2, 1): None, (1e-1, 0): .25, (1e-1, 1): .25}
     arm = Arm(dict(method="fisher"), tuple({"lam": o} for o in (1e-3, 1e-2, 1e-1)))
-    pick = lambda: choose([arm, Arm(dict(method="none"))], dict(steps=10), {}, (0, 1), lambda cs: [record(c, matches[c["lam"], c["seed"]]) for c in cs])
+    pick = lambda: _choose([arm, Arm(dict(method="none"))], dict(steps=10), {}, (0, 1), lambda cs: [record(c, matches[c["lam"], c["seed"]]) for c in cs])
     assert pick() == [{"lam": 1e-2}, {}]                  # .9 and a failure: .45
     matches[1e-2, 0] = .5
     assert pick() == [{"lam": 1e-3}, {}]
@@ -129,7 +129,7 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
     tiny = dict(out=tmp_path/"out", tuning_out=tmp_path/"tuning", seeds=(0,), steps=5, tuning_steps=1, tuning_seeds=(7,), batch=4, eval_sets=10,
                 run=functools.partial(run_all, show=False))
     runs = run_ablation(name, **tiny)
-    assert len(runs) == len(ABLATIONS[name].arms(**SIZE)) and all(r["status"] == "ok" for r in runs)
+    assert len(runs) == len(ABLATIONS[name](**SIZE)) and all(r["status"] == "ok" for r in runs)
     assert {r["config"]["seed"] for r in runs} == {0}
     before = {f: f.read_bytes() for f in tmp_path.rglob("*.jsonl")}
     assert [r["key"] for r in run_ablation(name, **tiny)] == [r["key"] for r in runs]
@@ -138,5 +138,5 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
 
 @pytest.mark.parametrize("method", ["hessian", "hessian_abs_sample"])
 def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
-    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations.STEEP)
+    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations._STEEP)
     assert fit([AblationTask(c, digits)])[0].error is None

@@ -6,12 +6,12 @@ from reference import NeverLooks
 from torch.testing import assert_close
 
 from newton_losses_nb.lab.classification import (CLASSIFIERS, Classification, ClassificationTask, classification_config, digit_loss,
-                                                 first_step, glorot, lenet5, like_tanh, make_classifier, mlp)
+                                                 _first_step, _glorot, lenet5, _like_tanh, make_classifier, mlp)
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.core.newton import OutputLoss
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import METHODS, Training, directions, fit, run_all, seeds_together
-from newton_losses_nb.lab.plots import plot_curves
+from newton_losses_nb.lab.report import plot_curves
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.report import caption, group_runs, summary
 
@@ -93,9 +93,9 @@ def test_a_seed_that_explodes_fails_alone(tmp_path):
 @pytest.mark.parametrize("side", [14, 28])
 def test_sigmoids_compute_what_tanh_computes(build, side):
     x = torch.randn(7, 1, side, side, dtype=torch.float64)
-    for init in (glorot, lambda net: net):
+    for init in (_glorot, lambda net: net):
         torch.manual_seed(0); a = init(build(nn.Tanh, side).double())
-        torch.manual_seed(0); b = like_tanh(init(build(nn.Sigmoid, side).double()))
+        torch.manual_seed(0); b = _like_tanh(init(build(nn.Sigmoid, side).double()))
         assert_close(a(x), b(x), rtol=1e-9, atol=1e-11)
         torch.manual_seed(0); assert not torch.allclose(a(x), init(build(nn.Sigmoid, side).double())(x), atol=1e-2)
 

@@ -14,7 +14,7 @@ import torch
 
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
-from newton_losses_nb.lab.processes import ray_cluster, start_ray
+from newton_losses_nb.lab.cli import _start_ray, ray_cluster
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.sorting import SortingTask
 
@@ -75,7 +75,7 @@ def bench(*argv, env=ENV):
     return done.returncode, done.stdout, done.stderr
 
 def test_engine_mistakes(tmp_path):
-    assert bench("--engine", "spark")[0::2] == (2, "nl_bench sorting: engine: expected local, together or ray, got 'spark'\n")
+    assert bench("--engine", "spark")[0::2] == (2, "nl_bench sorting: engine: expected one of local, together, ray, got 'spark'\n")
     assert "expected ray with an address" in bench("--jobs", 2)[2]
     (tmp_path/"sitecustomize.py").write_text("import importlib.util as u; old = u.find_spec; u.find_spec = lambda m, *a: None if m == 'ray' else old(m, *a)")
     code, _, err = bench("--engine", "ray", "--out", tmp_path, env=ENV | {"PYTHONPATH": f"{tmp_path}:{ENV.get('PYTHONPATH', '')}"})
@@ -99,15 +99,15 @@ def test_ray_starts_again():
         def shutdown(self): self.ended += 1
     slow = Exception("The current node timed out during startup. This could happen")
     busy = Busy([slow, slow])
-    assert start_ray(busy, {}) == "started" and busy.ended == 2
-    with pytest.raises(ConnectionError, match="engine: Ray did not start: The current node timed out"): start_ray(Busy([slow]*3), {})
-    with pytest.raises(ConnectionError, match="engine: Ray did not start: no disk"): start_ray(Busy([OSError("no disk")]), {})
+    assert _start_ray(busy, {}) == "started" and busy.ended == 2
+    with pytest.raises(ConnectionError, match="engine: Ray did not start: The current node timed out"): _start_ray(Busy([slow]*3), {})
+    with pytest.raises(ConnectionError, match="engine: Ray did not start: no disk"): _start_ray(Busy([OSError("no disk")]), {})
 
 RAY = '''
 import functools, os, sys, time
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import run_all
-from newton_losses_nb.lab.processes import ray_cluster, ray_engine
+from newton_losses_nb.lab.cli import ray_cluster, ray_engine
 from newton_losses_nb.lab.sorting import SortingTask, sorting_config
 
 folder = sys.argv[1]

@@ -4,18 +4,11 @@
 
 # %% auto #0
 __all__ = ['RULES', 'METHODS', 'entry', 'PRECISIONS', 'FAILURES', 'ClipParameters', 'first_rule', 'directions', 'one_of', 'whole',
-           'positive', 'damping_or_rule', 'setting', 'Settings', 'Task', 'shuffled_batches', 'network_precision',
-           'evaluate', 'negative_share', 'CapturedStep', 'Complete', 'Training', 'one_optimizer', 'Run', 'fit',
-           'records_of', 'seed_groups', 'seeds_together', 'one_by_one', 'run_title', 'run_all']
+           'positive', 'damping_or_rule', 'setting', 'Settings', 'Task', 'network_precision', 'CapturedStep',
+           'Training', 'Run', 'fit', 'records_of', 'run_title', 'seeds_together', 'one_by_one', 'run_all']
 
 # %% ../../nbs/lab/03_experiment.ipynb #462bba0c
-import contextlib
-import copy
-import functools
-import itertools
-import json
-import math
-import time
+import contextlib, copy, functools, itertools, json, math, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -37,7 +30,10 @@ class ClipParameters(Clip):
     "The gradient as it is; the training loop clips the gradient of the parameters"
     forward = Direction.forward
 
-def first_rule(square, eigenvalues):
+def first_rule(
+    square,      # Mean square of the gradients
+    eigenvalues, # Of the Hessian; None for the Fisher
+):               # λ
     "The automatic λ of version 0.1, `auto` in its records"
     if eigenvalues is None: return (square/10).clamp_min(1/400)
     lift = (-eigenvalues.amin(-1)).clamp_min(0)
@@ -47,16 +43,15 @@ def first_rule(square, eigenvalues):
 RULES = {"shrinkage": "auto", "auto": first_rule} # λ by a name in a configuration
 
 def directions(
-    lam:float|str|Callable|None=None, # Damping λ: a number or a key of `RULES`; None: "shrinkage"
-    max_norm:float|None=None,         # Largest norm of "clip" and "clip_grad"; None: 1
+    lam:float|str|Callable|None=None, # Damping λ, or a key of `RULES`
+    max_norm:float|None=None,         # Largest norm of "clip" and "clip_grad"
 ) -> dict[str, Direction]:            # The methods by name
     "What may be sent back to the outputs"
     lam = "auto" if lam is None else RULES.get(lam, lam)
     max_norm = 1. if max_norm is None else max_norm
     return {
-        "none": Direction(), "fisher": Fisher(lam),
-        "hessian": Hessian(lam), "hessian_abs": Hessian(lam, "abs"),
-        "hessian_clip": Hessian(lam, "clip"),
+        "none": Direction(), "fisher": Fisher(lam), "hessian": Hessian(lam),
+        "hessian_abs": Hessian(lam, "abs"), "hessian_clip": Hessian(lam, "clip"),
         "clip": Clip(max_norm), "clip_grad": ClipParameters(max_norm),
         "rms": Normalize(), "scalar": Scalar(lam), "whiten": Whiten(lam)}
 
@@ -67,56 +62,61 @@ def one_of(
     *known, # The values that are allowed
 ):          # A check
     "One of some values"
+    values = {str(v): v for v in known}
     def check(name, v):
-        if isinstance(known[0], int): v = _read(int, v)
-        if v not in known: raise ValueError(
-            f"{name}: expected one of {', '.join(map(str, known))}, got {v!r}")
-        return v
+        if str(v) in values: return values[str(v)]
+        raise ValueError(f"{name}: expected one of {', '.join(values)}, got {v!r}")
     check.known = known
     return check
 
-def whole(
-    least:int, # Smallest value
-):             # A check
-    "A whole number"
-    def check(name, v):
-        v = _read(int, v)
-        if isinstance(v, int) and v >= least: return v
-        raise ValueError(f"{name}: expected a whole number, at least {least}, got {v!r}")
-    return check
-
-def positive(name, v):
-    "Check for a positive number"
-    v = _read(float, v)
-    if isinstance(v, (int, float)) and 0 < v < math.inf: return v
-    raise ValueError(f"{name}: expected a positive number, got {v!r}")
-
-def damping_or_rule(name, v):
-    "Check for λ: a number, the name of a rule, or a function"
-    number = _read(float, v)
-    if isinstance(number, str) and v not in RULES: raise ValueError(
-        f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
-    return number
-
-def _read(kind, v):
+def _number(kind, v):
+    "Text as a number, if it is one"
     with contextlib.suppress(ValueError):
         if isinstance(v, str): return kind(v)
     return v
+
+def whole(
+    low:int, # Smallest value
+):           # A check
+    "A whole number"
+    def check(name, v):
+        v = _number(int, v)
+        if isinstance(v, int) and v >= low: return v
+        raise ValueError(f"{name}: expected a whole number, at least {low}, got {v!r}")
+    return check
+
+def positive(
+    name, # Of the setting
+    v,    # Its value
+):        # The value
+    "Check for a positive number"
+    v = _number(float, v)
+    if isinstance(v, (int, float)) and 0 < v < math.inf: return v
+    raise ValueError(f"{name}: expected a positive number, got {v!r}")
+
+def damping_or_rule(
+    name, # Of the setting
+    v,    # Its value
+):        # The value
+    "Check for λ: a number, the name of a rule, or a function"
+    number = _number(float, v)
+    if not isinstance(number, str) or v in RULES: return number
+    raise ValueError(f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
 
 # %% ../../nbs/lab/03_experiment.ipynb #8bdd9f29
 def setting(
     default,                  # Its value where none is given
     help:str,                 # What it is
     check:Callable|None=None, # Called with name and value; returns the value or raises
-    always:bool=False,        # In every configuration? Else only where it is not the default
-    option:str|None=None,     # Name of an option for several values; "": not in a command
+    always:bool=False,        # In every configuration? Else only where not the default
+    option:str|None=None,     # Name of an option for several values; "": no option
     command=None,             # Default in a command; None: `default`
 ):                            # A field of a dataclass
     "One setting"
     about = dict(help=help, check=check, always=always, option=option, command=command)
     return field(default=default, metadata=about)
 
-entry = functools.partial(setting, always=True) # A setting that is in every configuration
+entry = functools.partial(setting, always=True) # A setting in every configuration
 
 @dataclass
 class Settings:
@@ -137,8 +137,8 @@ class Settings:
     def method_settings(self):
         "`lam` and `max_norm`, checked, and None where the method has none"
         direction = self.directions(self.lam, self.max_norm)[self.method]
-        direction = getattr(direction, "direction", direction)
-        return {k: getattr(self, k) if hasattr(direction, k) else None for k in ("lam", "max_norm")}
+        has = functools.partial(hasattr, getattr(direction, "direction", direction))
+        return {k: getattr(self, k) if has(k) else None for k in ("lam", "max_norm")}
 
     @staticmethod
     def exists(**choice):
@@ -176,11 +176,12 @@ class Task:
     optimizer = torch.optim.Adam  # Called with the weights and `lr`
     directions = staticmethod(directions) # Makes the table of methods
     check = True                  # Check the loss's derivatives at the first call?
+    spectrum = False              # Note the share of negative eigenvalues?
 
     def __init__(
         self,
         config:dict,         # Configuration, JSON types only
-        data:dict|None=None, # Data by split; `data["train"].source` says which, in words
+        data:dict|None=None, # Data by split; `data["train"].source` says which
     ):
         self.config, self.data = config, data
         for k, part in (data or {}).items():
@@ -190,7 +191,8 @@ class Task:
         double = config["precision"] == "float64"
         self.dtype = torch.float64 if double else torch.float32
 
-    source = property(lambda self: self.data["train"].source, doc="Which data, in words")
+    source = property(lambda self: self.data["train"].source,
+                      doc="Which data, in words")
     key = property(lambda self: run_key(self.config, self.source), doc="Names the run")
     lr = property(lambda self: self.config["lr"], doc="Learning rate at the start")
 
@@ -199,39 +201,23 @@ class Task:
         "The per-sample loss"
         return self.make_loss()
 
-    @property
+    @functools.cached_property
     def direction(self):
-        "What is sent back to the outputs, a new object with each call"
+        "What is sent back to the outputs"
         c = self.config
         return self.directions(c["lam"], c["max_norm"])[c["method"]]
 
-    @property
-    def max_norm(self):
-        "Largest norm of the gradient of the parameters"
-        d = self.direction
-        return d.max_norm if isinstance(d, ClipParameters) else math.inf
-
 # %% ../../nbs/lab/03_experiment.ipynb #8ae57850
 @patch
-def output_loss(self:Task, loss_fn:Callable, direction:Direction, **options) -> nn.Module:
+def output_loss(self:Task, loss_fn:Callable, direction:Direction,
+                **options) -> nn.Module:
     "The loss to train with"
     return OutputLoss(loss_fn, direction, check=self.check, **options)
-
-@patch
-def time(self:Task, step:int) -> dict:
-    "What the curves say of the time at a step: an epoch where there are epochs"
-    c = self.config
-    return {"step": step} | ({"epoch": step*c["batch"]/c["train"]} if "epochs" in c else {})
 
 @patch
 def true_loss(self:Task, y:Tensor, *targets) -> Float[Tensor, "N"]:
     "The loss that evaluation reports, one value per sample"
     return self.loss_fn(y, *targets)
-
-@patch
-def negative_eigenvalues(self:Task, y:Tensor, *targets) -> float|None:
-    "Share of negative eigenvalues of the mean Hessian, or None"
-    return None
 
 @patch
 def batches(self:Task) -> Iterator[tuple]:
@@ -240,14 +226,11 @@ def batches(self:Task) -> Iterator[tuple]:
         x, targets = self.batch(index[None].to(self.device))
         yield x[0], tuple(t[0] for t in targets)
 
-# %% ../../nbs/lab/03_experiment.ipynb #da4d82c1
-def shuffled_batches(
-    n:int,      # Samples
-    batch:int,  # Samples in a step
-    seed:int,   # Of the orders
-) -> Iterator[Tensor]: # Numbers of the samples of each step
-    "Endless stream of batches, in a new order each epoch, without the rest of an epoch"
-    generator = torch.Generator().manual_seed(seed)
+@patch
+def indices(self:Task) -> Iterator[Tensor]:
+    "Which samples each step takes: in each epoch a new order, without its rest"
+    n, batch = len(self.data["train"]), self.config["batch"]
+    generator = torch.Generator().manual_seed(self.config["seed"])
     while True:
         order = torch.randperm(n, generator=generator)
         yield from order[:n//batch*batch].split(batch)
@@ -259,42 +242,33 @@ PRECISIONS = ("float32", "tf32", "bf16", "float64") # Of the network
 def network_precision(
     name:str,             # One of `PRECISIONS`
     device:torch.device,  # Where to train
-):
-    "Set a precision, and on a GPU the fastest convolutions; yields how to run a network in it"
+):                        # A context; it yields how to run a network
+    "Set a precision, and on a GPU the fastest convolutions"
     half, tf32, products = name == "bf16", name == "tf32", torch.backends.cuda.matmul
     def forward(net, x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            y = net(x)
+        cast = torch.autocast(device.type, torch.bfloat16, half, cache_enabled=False)
+        with cast: y = net(x)
         return y.float() if half else y
     before, products.allow_tf32 = products.allow_tf32, tf32
     fast = device.type == "cuda" or torch.backends.cudnn.benchmark
     try:
-        with torch.backends.cudnn.flags(True, benchmark=fast, allow_tf32=tf32): yield forward
+        with torch.backends.cudnn.flags(True, benchmark=fast, allow_tf32=tf32):
+            yield forward
     finally: products.allow_tf32 = before
 
 # %% ../../nbs/lab/03_experiment.ipynb #3d926644
 @torch.no_grad()
-def evaluate(
-    task,              # The task
-    net:nn.Module,     # The network
-    data:tuple,        # Inputs, arguments of the loss and labels, from `task.evaluation`
-    forward:Callable=lambda net, x: net(x), # How to run the network (precision)
-    chunk:int=100,     # Samples to run through the network at a time
-) -> tuple[dict, Tensor]: # Mean scores and true loss; the outputs
-    "Score a network on evaluation data"
+def _evaluate(task, net, data, forward=lambda net, x: net(x)):
+    "Mean scores and true loss on evaluation data; the outputs"
     x, targets, labels = data
     net.eval()
-    y = torch.cat([forward(net, part) for part in x.split(chunk)])
+    y = torch.cat([forward(net, part) for part in x.split(100)])
     net.train()
     out = {k: v.double().mean().item() for k, v in task.scores(y, labels).items()}
     return out | {"true_loss": task.true_loss(y, *targets).mean().item()}, y
 
 # %% ../../nbs/lab/03_experiment.ipynb #7d0fbe5e
-def negative_share(
-    loss_fn:Callable,  # Per-sample loss
-    y:Tensor,          # Outputs, `(N, m)`
-    *args,             # Further arguments of the loss
-) -> float:            # Between 0 and 1; NaN if the Hessian is not finite
+def _negative_share(loss_fn, y, *args):
     "Share of eigenvalues of the mean Hessian that are negative beyond rounding"
     H = derivatives(loss_fn, y, *args, second="full", check=False)[2].mean(0).double()
     if not H.isfinite().all(): return math.nan
@@ -306,19 +280,16 @@ class CapturedStep:
     "A function called on the same memory; on a GPU, a CUDA graph that is replayed"
     def __init__(
         self,
-        step:Callable,             # Tensors to a tensor; reads no number
-        inputs:list,               # Example inputs: shapes, dtypes and device
-        generators:tuple=(),       # GPU generators that it uses, besides PyTorch's own
-        capture:bool|None=None,    # Record? None: on a GPU
-        warm_up:int=3,             # Ordinary calls before the recording
+        step:Callable,          # Tensors to a tensor; reads no number
+        inputs:list,            # Example inputs: shapes, dtypes and device
+        generators:list=(),     # GPU generators that it uses, besides PyTorch's own
+        capture:bool|None=None, # Record? None: on a GPU
     ):
-        self.step, self.generators, self.left = step, generators, warm_up
-        self.inputs, self.graph, self.out = [i.clone() for i in inputs], None, None
-        device = self.inputs[0].device
-        self.capture = device.type == "cuda" if capture is None else capture
-        if self.capture and device.type != "cuda":
-            raise ValueError(f"capture: expected inputs on a GPU, got {device}")
-        self.stream = torch.cuda.Stream(device) if self.capture else None
+        self.step, self.generators = step, generators
+        self.inputs = [i.clone() for i in inputs]
+        self.capture = inputs[0].is_cuda if capture is None else capture
+        self.stream = torch.cuda.Stream(inputs[0].device) if self.capture else None
+        self.graph, self.out, self.left = None, None, 3
 
     def __call__(self, *values):
         "What the step returns; on a GPU the next call overwrites it"
@@ -341,15 +312,13 @@ class CapturedStep:
         "Record the operations of a call, without doing them"
         self.graph = torch.cuda.CUDAGraph()
         for g in self.generators: self.graph.register_generator_state(g)
-        with torch.cuda.graph(self.graph, stream=self.stream): self.out = self.step(*self.inputs)
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.out = self.step(*self.inputs)
 
 # %% ../../nbs/lab/03_experiment.ipynb #09bf88ac
-class Complete(Direction):
+class _Complete(Direction):
     "A direction that notes in which batches all was finite"
-    def __init__(
-        self,
-        direction:Direction, # What is sent back
-    ):
+    def __init__(self, direction):
         super().__init__()
         self.direction, self.second = direction, direction.second
         self.parts, self.last = [], None
@@ -383,11 +352,17 @@ class Training:
         last = cuda if channels_last is None else channels_last
         layout = torch.channels_last if last else torch.preserve_format
         self.nets = [t.make_network().to(memory_format=layout) for t in tasks]
-        losses, self.max_norm = [t.make_loss() for t in tasks], task.max_norm
-        self.loss_fn, self.complete = losses[0], Complete(task.direction)
+        losses = [t.make_loss() for t in tasks]
+        self.loss_fn, self.complete = losses[0], _Complete(task.direction)
         self.noises = [l.noise for l in losses if hasattr(l, "noise")]
         self.loss = task.output_loss(self.loss_fn, self.complete, on_nonfinite="skip")
-        self.lr, self.opt = one_optimizer(self.nets, task.lr, task.device, task.optimizer)
+        rate = torch.float32 if cuda else torch.float64
+        self.lr = torch.tensor(task.lr, device=task.device, dtype=rate)
+        adam = dict(capturable=cuda) if task.optimizer is torch.optim.Adam else {}
+        weights = [p for net in self.nets for p in net.parameters()]
+        self.opt = task.optimizer(weights, lr=self.lr, fused=True, **adam)
+        clips = isinstance(task.direction, ClipParameters)
+        self.max_norm = task.direction.max_norm if clips else math.inf
         self.streams, self.ahead = [t.indices() for t in tasks], torch.empty(0)
         self.call, self.done = None, 0
 
@@ -408,22 +383,9 @@ def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"
     self.opt.step()
     value = value.detach().masked_fill(~self.complete.last, torch.nan)
     G, D = (x.flatten(1) for x in self.loss.sent)
-    cosine = torch.cosine_similarity(D, G, 1, 1e-300)    # of what was sent and the gradient
+    # of what was sent and the gradient
+    cosine = torch.cosine_similarity(D, G, 1, 1e-300)
     return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
-
-# %% ../../nbs/lab/03_experiment.ipynb #c9362fda
-def one_optimizer(
-    nets:list,            # Networks
-    lr:float,             # Learning rate
-    device:torch.device,  # Where they are
-    optimizer:Callable=torch.optim.Adam, # `Adam`, or `SGD` without momentum
-) -> tuple[Tensor, torch.optim.Optimizer]: # The learning rate, to be changed in place, and the optimiser
-    "One optimiser over the weights of all networks, in one operation"
-    cuda = device.type == "cuda"
-    rate = torch.tensor(lr, device=device, dtype=torch.float32 if cuda else torch.float64)
-    weights = [p for net in nets for p in net.parameters()]
-    recorded = dict(capturable=cuda) if optimizer is torch.optim.Adam else {}
-    return rate, optimizer(weights, lr=rate, fused=True, **recorded)
 
 # %% ../../nbs/lab/03_experiment.ipynb #532c7833
 @patch
@@ -441,10 +403,13 @@ def train(self:Training, steps:int) -> Float[Tensor, "steps 3 K"]:
 @patch
 def _run(self:Training, block):
     generators = [n.generator for n in self.noises if n.generator]
-    self.call = self.call or CapturedStep(self.step, [block[0]], generators, self.capture)
-    log = torch.empty(len(block), 3, len(self.nets), dtype=self.task.dtype, device=block.device)
+    if not self.call:
+        self.call = CapturedStep(self.step, [block[0]], generators, self.capture)
+    shape = len(block), 3, len(self.nets)
+    log = torch.empty(shape, dtype=self.task.dtype, device=block.device)
     for index, row in zip(block, log):
-        if drops := list(self.task.milestones).count(self.done): self.lr.mul_(0.1**drops)
+        if drops := list(self.task.milestones).count(self.done):
+            self.lr.mul_(0.1**drops)
         row.copy_(self.call(index))
         self.done += 1
     return log
@@ -458,25 +423,20 @@ def _draw(self:Training):
     if self.task.device.type != "cuda": return block
     return block.pin_memory().to(self.task.device, non_blocking=True)
 
-# %% ../../nbs/lab/03_experiment.ipynb #d518e7d3
+# %% ../../nbs/lab/03_experiment.ipynb #16264396
 FAILURES = ( # Errors that end a run
     NonFiniteError, SingularError, torch.linalg.LinAlgError)
 
-# %% ../../nbs/lab/03_experiment.ipynb #16264396
 @dataclass
 class Run:
     "One seed: what it has learned and how it ended"
-    task: Task                      # Its task
-    net: nn.Module                  # Its network
-    together: int = 1               # Seeds trained side by side
-    curves: dict = field(default_factory=dict) # What evaluations found so far, lists by name
-    best: tuple = (-1., 0, None)    # Best validation score, its step and weights
-    result: dict|None = None        # Scores on the test data, once it is over
-    error: str|None = None          # Why it failed, if it did
-
-    def fail(self, e):
-        "Note why it ended"
-        self.error = f"after step {self.curves['step'][-1] if self.curves else 0}: {e}"
+    task:Task                    # Its task
+    net:nn.Module                # Its network
+    together:int = 1             # Seeds trained side by side
+    curves:dict = field(default_factory=dict) # What evaluations found, lists by name
+    best:tuple = (-1., 0, None)  # Best validation score, its step and weights
+    result:dict|None = None      # Scores on the test data, once it is over
+    error:str|None = None        # Why it failed, if it did
 
     def attempt(self, call, *args):
         "Call, unless the run has failed; if it fails, note why"
@@ -484,34 +444,34 @@ class Run:
         try: call(*args)
         except FAILURES as e: self.fail(e)
 
+    def fail(self, e):
+        "Note why it ended"
+        self.error = f"after step {self.curves['step'][-1] if self.curves else 0}: {e}"
     def finish(self, data, forward):
         "Score the best weights on the test data"
         score, step, weights = self.best
         self.net.load_state_dict(weights)
-        scores = evaluate(self.task, self.net, data, forward)[0]
+        scores = _evaluate(self.task, self.net, data, forward)[0]
         self.result = {"best_step": step, "valid_exact_match": score, **scores}
 
 # %% ../../nbs/lab/03_experiment.ipynb #7c502e06
 @patch
-def look(
-    self:Run,
-    step:int,         # Training steps so far
-    seconds:float,    # Of training so far
-    seen:Float[Tensor, "steps 3"], # Losses, norms and cosines since the last time
-    data:tuple,       # Validation data, from `task.evaluation`
-    forward:Callable, # How to run the network
-):
-    "Check what was seen since the last time, score the network, and add a point to every curve"
-    for i, (loss, norm, _) in enumerate(seen.tolist(), step - len(seen) + 1):
+def validate(self:Run, step, seconds, logs, data, forward):
+    "Check losses and norms, score the network, and add a point to every curve"
+    for i, (loss, norm, _) in enumerate(logs.tolist(), step - len(logs) + 1):
         if not math.isfinite(loss + norm): raise NonFiniteError(
             f"step {i}: expected finite loss and gradient of the parameters, "
             f"got {loss:.3g} and norm {norm:.3g}")
-    scores, y = evaluate(self.task, self.net, data, forward)
-    few = min(100, len(y))
-    share = self.task.negative_eigenvalues(y[:few], *(t[:few] for t in data[1]))
-    mean = seen.double().mean(0).tolist() if len(seen) else [None]*3
-    point = self.task.time(step) | {"seconds": round(seconds, 4), "train_loss": mean[0],
-        "grad_norm": mean[1], "cosine": mean[2], **scores, "negative_eigenvalues": share}
+    task, c, few = self.task, self.task.config, slice(100)
+    scores, y = _evaluate(task, self.net, data, forward)
+    share = None
+    if task.spectrum:
+        share = _negative_share(task.loss_fn, y[few], *(t[few] for t in data[1]))
+    loss, norm, cosine = logs.double().mean(0).tolist() if len(logs) else [None]*3
+    epoch = {"epoch": step*c["batch"]/c["train"]} if "epochs" in c else {}
+    point = {"step": step, **epoch, "seconds": round(seconds, 4), "train_loss": loss,
+             "grad_norm": norm, "cosine": cosine, **scores,
+             "negative_eigenvalues": share}
     for k, v in point.items(): self.curves.setdefault(k, []).append(v)
     if scores["exact_match"] > self.best[0]:
         self.best = scores["exact_match"], step, copy.deepcopy(self.net.state_dict())
@@ -523,19 +483,19 @@ def fit(
     **options,             # Options of `Training`
 ) -> list[Run]:            # What became of each
     "Train a configuration from one or more seeds, and score the results"
-    c, K, seconds, seen = tasks[0].config, len(tasks), 0., torch.empty(0, 3, len(tasks))
+    c, K, seconds, logs = tasks[0].config, len(tasks), 0., torch.empty(0, 3, len(tasks))
     points = [*range(0, c["steps"], c["eval_every"]), c["steps"]]
     with network_precision(c["precision"], tasks[0].device) as forward:
         training = Training(tasks, forward=forward, **options)
         runs = [Run(t, net, K) for t, net in zip(tasks, training.nets)]
         data = tasks[0].evaluation("valid")
         for step, to in zip(points, [*points[1:], None]):
-            for run, own in zip(runs, seen.unbind(-1)):
-                run.attempt(run.look, step, seconds/K, own, data, forward)
+            for run, own in zip(runs, logs.unbind(-1)):
+                run.attempt(run.validate, step, seconds/K, own, data, forward)
             progress(step, runs)
             if to is None or all(run.error for run in runs): break
             start = time.perf_counter()
-            try: seen = training.train(to - step)
+            try: logs = training.train(to - step)
             except FAILURES as e:
                 if K > 1: return [fit([t], progress, **options)[0] for t in tasks]
                 runs[0].fail(e)
@@ -549,58 +509,56 @@ def records_of(
     tasks:list,            # Tasks that differ in the seed
     env:dict,              # From `environment`
     progress:Callable=lambda step, runs: None, # Called after each evaluation
-    **options,             # Options of `Training`
 ) -> list[dict]:           # Their records, finished or failed
     "Run a configuration from one or more seeds"
     start = time.perf_counter()
-    runs = fit(tasks, progress, **options)
+    runs = fit(tasks, progress)
     seconds = round((time.perf_counter() - start)/len(tasks), 3)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     def record(run):
         t, beside = run.task, {"together": run.together} if run.together > 1 else {}
         return {"format": 1, "key": t.key, "status": "failed" if run.error else "ok",
                 "error": run.error, "config": t.config, "data_source": t.source, **env,
-                "curves": run.curves, "result": run.result, **beside, "seconds": seconds,
+                "curves": run.curves, "result": run.result, **beside,
+                "seconds": seconds,
                 "finished": now}
     return [record(run) for run in runs]
 
 # %% ../../nbs/lab/03_experiment.ipynb #58396cba
-def seed_groups(
-    tasks:list,             # Tasks
-    at_most:int|None=None,  # Largest group; None: any
-) -> list[list]:            # Groups of tasks
+def _seed_groups(
+    tasks:list,    # Tasks
+) -> list[list]:   # Groups of tasks
     "Tasks whose configurations differ in the seed only, together"
-    def kind(t):
-        return type(t), t.source, json.dumps(t.config | {"seed": None}, sort_keys=True)
     groups = {}
-    for t in tasks: groups.setdefault(kind(t), []).append(t)
-    cut = lambda g, k: [g[i:i + k] for i in range(0, len(g), k)]
-    return [part for g in groups.values() for part in cut(g, at_most or len(g))]
+    for t in tasks:
+        kind = type(t), t.source, json.dumps(t.config | {"seed": None}, sort_keys=True)
+        groups.setdefault(kind, []).append(t)
+    return list(groups.values())
 
-# %% ../../nbs/lab/03_experiment.ipynb #c20f2677
+def run_title(
+    c:dict, # Configuration
+) -> str:  # Relaxation or loss, and method
+    "A short name for the runs that differ in the seed"
+    return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
+
 def seeds_together(
     tasks:list,            # Tasks that are not finished yet
     bar,                   # A progress bar of tqdm, in training steps
-    at_most:int|None=None, # Seeds trained side by side; None: all of a configuration
-    **options,             # Options of `Training`
+    groups:Callable=_seed_groups, # Which tasks to train side by side
 ) -> Iterator[dict]:       # Their records, finished or failed
     "The engine that trains the seeds of a configuration side by side"
-    for group in [[t] for t in tasks] if at_most == 1 else seed_groups(tasks, at_most):
+    for group in groups(tasks):
         c, start, K = group[0].config, bar.n, len(group)
         bar.set_description(f"{run_title(c)}, {K} seed" + "s"*(K > 1))
         def progress(step, runs): bar.update(start + step*K - bar.n)
-        yield from records_of(group, environment(c["device"]), progress, **options)
+        yield from records_of(group, environment(c["device"]), progress)
 
 def one_by_one(
     tasks:list,            # Tasks that are not finished yet
     bar,                   # A progress bar of tqdm, in training steps
 ) -> Iterator[dict]:       # Their records, finished or failed
     "The engine that does one run after another"
-    return seeds_together(tasks, bar, 1)
-
-def run_title(c:dict) -> str: # Of a configuration
-    "A short name for the runs that differ in the seed"
-    return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
+    return seeds_together(tasks, bar, lambda tasks: [[t] for t in tasks])
 
 # %% ../../nbs/lab/03_experiment.ipynb #2a461a9b
 def run_all(
@@ -608,11 +566,11 @@ def run_all(
     folder,                # Folder of results
     name:str,              # File of results in it, without `.jsonl`
     show:bool=True,        # Show progress?
-    engine:Callable=one_by_one, # Does the runs: tasks and a progress bar to records, in any order
-) -> Iterator[dict]:       # Records, those found and those made, in the order of the tasks
+    engine:Callable=one_by_one, # Tasks and a progress bar to records, in any order
+) -> Iterator[dict]:       # Records, found or made, in the order of the tasks
     "Run what is not finished yet, recording each run when it ends"
-    tasks = list(tasks)
     from tqdm.auto import tqdm
+    tasks = list(tasks)
     file, done = open_results(folder, name)
     left = {t.key: t for t in tasks if t.key not in done}
     steps = sum(t.config["steps"] for t in left.values())

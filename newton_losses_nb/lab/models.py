@@ -14,22 +14,23 @@ from torch import Tensor, nn
 # %% ../../nbs/lab/01_models.ipynb #fac1f35f
 class ScoreImages(nn.Module):
     "Apply a network for single images to any batch of sets of images"
-    def __init__(self,
+    def __init__(
+        self,
         body:nn.Module,    # Maps images `(b, 1, h, w)` to scores `(b, 1)`
         image_shape:tuple, # The only shape of an image it takes, `(1, h, w)`
     ):
         super().__init__()
         self.body, self.image_shape = body, tuple(image_shape)
 
-    def forward(self,
-        x:Float[Tensor, "*sets 1 h w"], # Images in [0, 1]; any number of leading dimensions
+    def forward(
+        self,
+        x:Float[Tensor, "*sets 1 h w"], # Images in [0, 1]; any leading dimensions
     ) -> Float[Tensor, "*sets"]:        # One score per image
         "Scores of the images"
-        if tuple(x.shape[-3:]) != self.image_shape:
+        if tuple(x.shape[-3:]) != self.image_shape or not x.is_floating_point():
             wanted = ', '.join(map(str, self.image_shape))
-            raise ValueError(f"expected images of shape (..., {wanted}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating-point images in [0, 1], got {x.dtype}")
+            raise ValueError(f"expected floating-point images of shape (..., {wanted})"
+                             f", got {tuple(x.shape)} of {x.dtype}")
         return self.body(x.reshape(-1, *self.image_shape)).reshape(x.shape[:-3])
 
 # %% ../../nbs/lab/01_models.ipynb #4f3a8da1
@@ -43,42 +44,31 @@ def ranking_cnn() -> nn.Module: # Maps `(..., 1, 28, 112)` to `(...)`
 
 # %% ../../nbs/lab/01_models.ipynb #4096e34d
 class CutDigits(nn.Module):
-    "Cut an image into its digits: `(b, 1, h, k*w)` to `(b, k, h*w)`"
-    def __init__(self,
-        k:int=4, # Number of digits side by side
-    ):
-        super().__init__()
-        self.k = k
-
+    "Cut an image into its four digits: `(b, 1, h, 4*w)` to `(b, 4, h*w)`"
     def forward(self, x):
-        "Images `(N, 1, H, W)` to their digits, side by side"
-        return x[:, 0].unflatten(-1, (self.k, -1)).transpose(1, 2).flatten(2)
+        return x[:, 0].unflatten(-1, (4, -1)).transpose(1, 2).flatten(2)
 
 # %% ../../nbs/lab/01_models.ipynb #06145fd5
-def small_ranking_net(
-    pool:int=4,  # The images are shrunk by this factor; must divide 28
-) -> nn.Module:  # Maps `(..., 1, 28/pool, 112/pool)` to `(...)`
+def small_ranking_net() -> nn.Module: # Maps `(..., 1, 7, 28)` to `(...)`
     "A ranking network for the CPU: a shared reader of digits, and a head"
-    if not isinstance(pool, int) or pool < 1 or 28 % pool:
-        raise ValueError(f"pool must divide 28 (1, 2, 4, 7, 14 or 28), got {pool!r}")
-    side = 28 // pool
     body = nn.Sequential(
-        CutDigits(4), nn.Linear(side**2, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(),
+        CutDigits(), nn.Linear(7**2, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(),
         nn.Flatten(), nn.Linear(4*32, 64), nn.ReLU(), nn.Linear(64, 1))
-    return ScoreImages(body, (1, side, 4*side))
+    return ScoreImages(body, (1, 7, 28))
 
 # %% ../../nbs/lab/01_models.ipynb #9ff55c47
-NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4)) # By name, and how they pool digits
+# Networks and `pool`
+NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4))
 
 # %% ../../nbs/lab/01_models.ipynb #6c39b142
 def make_network(
-    name:str,   # A name in `networks`: 'cnn' or 'small'
+    name:str,   # A name in `networks`
     seed:int,   # Seed of the initial weights
     networks:dict=NETWORKS, # Constructors by name, alone or first in a tuple
 ) -> nn.Module: # The network, on the CPU
     "A new network whose initial weights depend on the seed alone"
-    if name not in networks:
-        raise ValueError(f"unknown network {name!r}, expected one of {', '.join(networks)}")
+    if name not in networks: raise ValueError(
+        f"network: expected one of {', '.join(networks)}, got {name!r}")
     new = networks[name]
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         torch.default_generator.manual_seed(seed)
@@ -87,58 +77,63 @@ def make_network(
 # %% ../../nbs/lab/01_models.ipynb #317fe4eb
 class BasicBlock(nn.Module):
     "Two convolutions and a shortcut (He et al. 2016)"
-    def __init__(self,
+    def __init__(
+        self,
         width:int, # Channels
     ):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        def conv(): return nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv1, self.bn1 = conv(), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(), nn.BatchNorm2d(width)
 
     def forward(self, x):
         "Two convolutions and what they are added to"
         return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
 
-# %% ../../nbs/lab/01_models.ipynb #ef62f373
 class MapCosts(nn.Module):
-    "Apply a network for pictures of maps; the result is flat, one positive cost per cell"
-    def __init__(self,
-        body:nn.Module,  # Maps pictures `(N, 3, h, w)` to costs `(N, size, size)`, before they are made positive
-        positive,        # Makes them positive, elementwise
+    "Costs of the cells of a map, 8 x 8 pixels each, by a network for its picture"
+    def __init__(
+        self,
+        body:nn.Module,  # Maps pictures `(N, 3, h, w)` to features
+        positive,        # Makes costs positive, elementwise
         unit:bool=False, # Divide by the mean cost of each map?
-        tile:int=8,      # Pixels of a cell
     ):
         super().__init__()
-        self.body, self.positive, self.unit, self.tile = body, positive, unit, tile
+        self.body, self.positive, self.unit = body, positive, unit
 
-    def forward(self,
-        x:Float[Tensor, "N 3 h w"],         # Pictures, normalised by channel
-    ) -> Float[Tensor, "N h*w/tile**2"]:    # Costs of the cells, row by row
-        "Costs of all cells"
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % self.tile or x.shape[3] % self.tile:
-            raise ValueError("expected pictures of shape (N, 3, h, w), h and w divisible by "
-                             f"{self.tile}, got {tuple(x.shape)}")
-        if not x.is_floating_point(): raise ValueError(f"expected floating-point pictures, got {x.dtype}")
-        grid = x.shape[2]//self.tile, x.shape[3]//self.tile
-        y = self.positive(nn.functional.adaptive_max_pool2d(self.body(x), grid).mean(1)).flatten(1)
+    def forward(
+        self,
+        x:Float[Tensor, "N 3 h w"],   # Pictures, normalised by channel
+    ) -> Float[Tensor, "N h/8*w/8"]:  # Costs of the cells, row by row
+        "Costs of all cells, flat"
+        shaped = x.ndim == 4 and x.shape[1] == 3 and not any(o % 8 for o in x.shape[2:])
+        if not shaped or not x.is_floating_point(): raise ValueError(
+            "expected floating-point pictures of shape (N, 3, h, w), h and w divisible "
+            f"by 8, got {tuple(x.shape)} of {x.dtype}")
+        grid = [o//8 for o in x.shape[2:]]
+        cells = nn.functional.adaptive_max_pool2d(self.body(x), grid)
+        y = self.positive(cells.mean(1)).flatten(1)
         return y/y.mean(1, keepdim=True) if self.unit else y
 
 # %% ../../nbs/lab/01_models.ipynb #0dc3655e
-def truncated_resnet18() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`, or other sizes alike
+def truncated_resnet18() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`
     "The network of the original Warcraft benchmark (Vlastelica et al., ICLR 2020)"
     body = nn.Sequential()
-    body.conv1, body.bn1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)
-    body.relu, body.maxpool = nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)
+    body.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    body.bn1, body.relu = nn.BatchNorm2d(64), nn.ReLU()
+    body.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
     body.layer1 = nn.Sequential(BasicBlock(64), BasicBlock(64))
     for conv in (o for o in body.modules() if isinstance(o, nn.Conv2d)):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return MapCosts(body, torch.abs)
 
 # %% ../../nbs/lab/01_models.ipynb #265f4c8a
-def small_path_net() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`, or other sizes alike
+def small_path_net() -> nn.Module: # Maps `(N, 3, 96, 96)` to `(N, 144)`
     "A network for maps that a CPU can train"
     body = nn.Sequential(
-        nn.AvgPool2d(2), nn.Conv2d(3, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 1, 1))
+        nn.AvgPool2d(2), nn.Conv2d(3, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24),
+        nn.ReLU(), nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.BatchNorm2d(48),
+        nn.ReLU(), nn.Conv2d(48, 1, 1))
     return MapCosts(body, nn.functional.softplus, unit=True)
 
-PATH_NETWORKS = dict(resnet18=truncated_resnet18, small=small_path_net) # Networks from maps to costs, by name
+PATH_NETWORKS = dict(resnet18=truncated_resnet18, small=small_path_net) # By name

@@ -10,11 +10,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .data import DigitSets
 from newton_losses_nb.lab.experiment import (
-    METHODS, PRECISIONS, Settings, Task, damping_or_rule, entry, negative_share, one_of, positive,
+    METHODS, PRECISIONS, Settings, Task, damping_or_rule, entry, one_of, positive,
     whole)
 from .models import NETWORKS, make_network
 from ..sorting.losses import (
@@ -29,9 +28,10 @@ LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2} # Of Adam, for each network
 # %% ../../nbs/lab/08_sorting.ipynb #cfea62da
 @dataclass
 class Sorting(Settings):
-    "Train networks to sort four-digit numbers, by relaxation, method and seed; then report"
-    relaxation:str = entry("neural_sort", "How to sort", one_of(*SHARPNESS), option="relaxations",
-                           command="neural_sort,soft_sort,logistic,cauchy")
+    "Train networks to sort numbers, by relaxation, method and seed; then report"
+    relaxation:str = entry(
+        "neural_sort", "How to sort", one_of(*SHARPNESS), option="relaxations",
+        command="neural_sort,soft_sort,logistic,cauchy")
     method:str = entry("none", "What is sent back to the scores", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
     n:int = entry(5, "Images in a set", whole(2))
@@ -39,16 +39,16 @@ class Sorting(Settings):
                      option="seeds", command="5")
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
-    lr:float|None = entry(None, "Learning rate of Adam; default: suits the network", positive)
-    lam:float|str = entry("auto", "Damping λ: a number, shrinkage, or auto (the rule of 0.1)",
+    lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
+    lam:float|str = entry("auto", "Damping λ: a number, shrinkage, auto (rule of 0.1)",
                           damping_or_rule, command="shrinkage")
-    max_norm:float = entry(0.1, "Largest gradient norm for clip and clip_grad", positive)
-    tau:float|None = entry(None, "Temperature of neural_sort and soft_sort; default: suits",
-                           positive)
-    steepness:float|None = entry(None, "Steepness of sorting networks; default: suits", positive)
+    max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
+    tau:float|None = entry(None, "Temperature of neural_sort and soft_sort", positive)
+    steepness:float|None = entry(None, "Steepness of sorting networks", positive)
     comparators:str = entry("odd_even", "Plan of sorting networks: odd_even or bitonic")
     loss:str = entry("bce", "bce, cross_entropy, or bce_clamped (that of nn.BCELoss)")
-    network:str = entry("small", "small (pooled digits, for a CPU) or cnn (the paper's)",
+    network:str = entry("small",
+                        "small (pooled digits, for a CPU) or cnn (the paper's)",
                         one_of(*NETWORKS))
     device:str = entry("cpu", "cpu or cuda")
     precision:str = entry("float32", "Precision of the network", one_of(*PRECISIONS))
@@ -59,7 +59,8 @@ class Sorting(Settings):
         "With defaults that depend on others, and None for what is not used"
         soft = self.relaxation in ("neural_sort", "soft_sort")
         used, unused = ("tau", "steepness") if soft else ("steepness", "tau")
-        c |= {used: SHARPNESS[self.relaxation] if c[used] is None else c[used], unused: None}
+        c |= {used: SHARPNESS[self.relaxation] if c[used] is None else c[used],
+              unused: None}
         c |= dict(task="sorting", comparators=None if soft else self.comparators,
                   lr=LEARNING_RATES[self.network] if self.lr is None else self.lr)
         c |= self.method_settings()
@@ -80,11 +81,12 @@ def sorting_loss(
 # %% ../../nbs/lab/08_sorting.ipynb #2c49142c
 class SortingTask(Task):
     "Four-digit sorting: network, loss, data and scores for one configuration"
-    check = False
+    check, spectrum = False, True
 
     def make_network(self):
         "The scoring network at the start of training"
-        return make_network(self.config["network"], self.config["seed"]).to(self.device, self.dtype)
+        net = make_network(self.config["network"], self.config["seed"])
+        return net.to(self.device, self.dtype)
 
     def make_loss(self):
         "The per-sample loss"
@@ -92,8 +94,9 @@ class SortingTask(Task):
 
     def sets(self, split):
         "What draws the sets of a split"
-        pool = NETWORKS[self.config["network"]][1]
-        return DigitSets(self.data[split], self.config["n"], pool=pool, device=self.device)
+        c = self.config
+        how = dict(pool=NETWORKS[c["network"]][1], device=self.device)
+        return DigitSets(self.data[split], c["n"], **how)
 
     @functools.cached_property
     def training_sets(self): return self.sets("train")
@@ -120,8 +123,5 @@ class SortingTask(Task):
 
     def scores(self, y, labels):
         "What is reported of outputs, one value per sample each"
-        return {"exact_match": exact_match(y, labels), "element_match": element_match(y, labels)}
-
-    def negative_eigenvalues(self, y, *targets):
-        "Share of negative eigenvalues of the mean Hessian"
-        return negative_share(self.loss_fn, y, *targets)
+        return {"exact_match": exact_match(y, labels),
+                "element_match": element_match(y, labels)}
