@@ -28,7 +28,7 @@ class _Memory(nn.Module):
     def keep(self, past:list[Evidence]):
         "Remember this, unless a checkpoint computes a batch again"
         if torch._C._current_graph_task_id() != -1: raise RuntimeError(
-            "a Newton loss with a memory would remember twice what is computed again by "
+            "a Newton loss with a memory would remember a batch twice under "
             "torch.utils.checkpoint; checkpoint the network only")
         self.past = past
 
@@ -96,5 +96,4 @@ class Remembering(Direction):
         self.memory.reset()
 
     def observe(self, b): return self.direction.observe(b)
-
     def forward(self, e, G, mask=None): return self.direction(e, G, mask)

@@ -72,9 +72,7 @@ class Damped(Direction):
         self.lam = lam
 
     def observe(self, b): return Evidence.of(b)
-
     def spectrum(self, e): return None, None
-
     def solve(self, e, G, lam, found):
         return spectral_step(G, *found, lam, self.power, self.signed)
 
@@ -553,10 +551,7 @@ class NewtonLoss(OutputLoss):
             f"curvature: expected no lam and eigenvalues with {curvature!r}, "
             "which has its own")
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.named = curvature, lam, eigenvalues
-
-    curvature, lam, eigenvalues = (
-        property(lambda self, i=i: self.named[i]) for i in range(3))
+        self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
 
 class ClippedLoss(OutputLoss):
     "An `OutputLoss` with the direction `Clip(max_norm)`"
