@@ -613,7 +613,8 @@ def inject_fisher(
     loss = OutputLoss(_Linear(), Fisher(lam), None, False, on_nonfinite, group)
     loss._check_call(y, None, ())
     if y.ndim != 2: raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}")
-    if torch._C._functorch.is_batchedtensor(y): raise RuntimeError(
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(str(i.key()).endswith("Vmap") for i in levels): raise RuntimeError(
         "inject_fisher cannot run under torch.func.vmap, since it sees a batch in the "
         "backward pass only; use NewtonLoss there")
     team = Group(loss.group if y.requires_grad else None)
