@@ -18,11 +18,11 @@ from .derivatives import NonFiniteError
 
 # %% ../../nbs/core/02_evidence.ipynb #acca001b
 class Batch(NamedTuple):
-    "What a loss says of a batch; samples and outputs that take no part are zero and have weight 0"
+    "Losses and derivatives of samples; what takes no part is zero, with weight 0"
     loss: Float[Tensor, "*b N"]
-    G: Float[Tensor, "*b N m"]                # Gradients of the samples' own losses
-    H: Float[Tensor, "..."]|Callable|None     # Second derivatives, as a direction wants them
-    weight: Float[Tensor, "*b N m"]|None=None # 1 where an output takes part; None: everywhere
+    G: Float[Tensor, "*b N m"]             # Gradients of the samples' own losses
+    H: Float[Tensor, "..."]|Callable|None  # Second derivatives, as is wanted
+    weight: Float[Tensor, "*b N m"]|None=None # 1: an output that takes part; None: all
 
     @property
     def taken(self) -> Bool[Tensor, "*b N"]:
@@ -41,14 +41,14 @@ class Evidence(NamedTuple):
     square: Float[Tensor, "*b m"]|None = None # Squared gradients
     count: Float[Tensor, "*b m"]|None = None  # How many samples have each output
     samples: Float[Tensor, "*b"]|None = None  # How many samples there are
-    spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of the samples' curvatures
-    roots: Float[Tensor, "*b"]|None = None    # Square roots of the lengths of their gradients
-    total: Float[Tensor, "..."]|None = None   # Curvatures (*b, m, m), or their diagonals (*b, m)
-    rows: Float[Tensor, "*b M m"]|None = None # Gradients whose outer products are the curvature
+    spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of their curvatures
+    roots: Float[Tensor, "*b"]|None = None    # Square roots of their gradients' lengths
+    total: Float[Tensor, "..."]|None = None   # Curvatures, or their diagonals
+    rows: Float[Tensor, "*b M m"]|None = None # Gradients, for a Fisher
 
     @classmethod
     def of(cls, b:Batch, lengths:bool=False, **more) -> "Evidence":
-        "The sums that every direction may use, those of `evenness` if wanted, and `more`"
+        "Sums for every direction, with `lengths` those of `evenness`, and `more`"
         square = b.G.square().sum(-2)
         if lengths: more["roots"] = b.G.square().sum(-1).pow(.25).sum(-1)
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
@@ -62,7 +62,7 @@ class Evidence(NamedTuple):
 
     def __add__(self, other):
         *sums, rows = (None if a is None else (a, b) for a, b in zip(self, other))
-        return Evidence(*(s and s[0] + s[1] for s in sums), rows and torch.cat(rows, -2))
+        return Evidence(*(s and sum(s) for s in sums), rows and torch.cat(rows, -2))
 
     def __rmul__(self, w:float): return self.map(lambda x: w*x, lambda x: w**.5*x)
 
@@ -77,11 +77,12 @@ class Evidence(NamedTuple):
     def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
         "Of one batch, some outputs"
         e = self.map(lambda x: x[..., real] if x.ndim else x)
-        return e if e.total is None or e.total.ndim == 1 else e._replace(total=e.total[real])
+        full = e.total is not None and e.total.ndim > 1
+        return e._replace(total=e.total[real]) if full else e
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
-        "Mean curvature, each entry over the samples that have it; of rows, those of its root"
+        "Mean curvature, each entry over the samples that have it; of rows, of its root"
         n = self.count.where(self.count > 0, 1)
         if self.total is not None and self.total.ndim == n.ndim: return self.total/n
         n = n.sqrt().unsqueeze(-2)
@@ -95,7 +96,7 @@ class Evidence(NamedTuple):
 
     @property
     def evenness(self) -> Float[Tensor, "*b"]:
-        "Of the gradients' lengths, at most 1: (mean √length)² over their root mean square"
+        "(mean √length)² of the gradients over their root mean square, at most 1"
         N = self.samples.clamp_min(1)
         length = (self.square.sum(-1)/N).sqrt()
         return (self.roots/N).square()/length.where(length > 0, 1)
@@ -108,7 +109,7 @@ class Group:
     "The processes of `torch.distributed` that share a batch; alone, nothing is sent"
     def __init__(
         self,
-        group="auto", # A process group; "auto": all, if `torch.distributed` runs; None: this one
+        group="auto", # A process group; "auto": all that there are; None: this one only
     ):
         on = group is not None and dist.is_available() and dist.is_initialized()
         auto = isinstance(group, str) and group == "auto"
@@ -118,11 +119,11 @@ class Group:
         self.group = None if auto else group
         self.size = dist.get_world_size(self.group) if on else 1
 
-    def add(self, x:Tensor) -> Tensor:
-        "Sum of a tensor over the processes, the same in all"
+    def add(self, x:Tensor, how:str="SUM") -> Tensor:
+        "Sum (or `MAX`) of a tensor over the processes, the same in all"
         if self.size == 1: return x
         x = x.detach().clone().contiguous()
-        dist.all_reduce(x, group=self.group)
+        dist.all_reduce(x, getattr(dist.ReduceOp, how), self.group)
         return x
 
     def gather(self, size:int, device="cpu") -> list[int]:
@@ -132,25 +133,24 @@ class Group:
         return self.add(sizes).tolist()
 
     def cat(self, rows:Float[Tensor, "*b N m"]) -> tuple[Float[Tensor, "*b M m"], int]:
-        "Rows of all processes, filled up with zeros, and where those of this process begin"
+        "Rows of all processes, filled up with zeros, and where those of this one begin"
         counts = self.gather(rows.shape[-2], rows.device)
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2])).contiguous()
+        most, rank = max(counts), dist.get_rank(self.group)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[-2]))
         parts = [torch.empty_like(rows) for _ in counts]
-        dist.all_gather(parts, rows, group=self.group)
-        return torch.cat(parts, -2), max(counts)*dist.get_rank(self.group)
+        dist.all_gather(parts, rows.contiguous(), group=self.group)
+        return torch.cat(parts, -2), most*rank
 
     def together(self, work:Callable, device="cpu") -> Any:
         "What `work()` returns; if it fails in one process, all raise"
         if self.size == 1: return work()
-        result = error = None
+        kinds, error, result = (RuntimeError, SingularError, NonFiniteError), None, None
         try: result = work()
         except Exception as e: error = e
-        kinds = [isinstance(error, k) for k in (NonFiniteError, SingularError, Exception)]
-        nonfinite, singular, failed = self.add(torch.as_tensor(kinds, device=device).int()).tolist()
-        if error is not None and not (nonfinite and isinstance(error, SingularError)): raise error
-        if nonfinite: raise NonFiniteError("y: expected finite outputs, losses and derivatives in "
-                                           "all processes, got others in another process")
-        if singular: raise SingularError("lam: C + λI is singular in another process")
-        if failed: raise RuntimeError("the loss raised an error in another process; its message "
-                                      "stands in that process's output")
+        own = bool(error) + isinstance(error, kinds[1:]) + isinstance(error, kinds[2])
+        worst = int(self.add(torch.full((), own, device=device), "MAX"))
+        if own and (own, worst) != (2, 3): raise error
+        if worst: raise kinds[worst - 1](
+            "y: expected finite numbers, an invertible C + λI and no error; see the "
+            "output of another process, which failed")
         return result

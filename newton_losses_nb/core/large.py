@@ -7,21 +7,23 @@ __all__ = ['conjugate_gradient', 'Krylov']
 
 # %% ../../nbs/core/06_large.ipynb #11c5ecca
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, SupportsFloat
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .derivatives import random_signs
 from .evidence import Evidence, Group
 from .newton import Damped
-from .solves import damping, number, random_signs
+from .solves import damping, number
 
 # %% ../../nbs/core/06_large.ipynb #802ef610
 class _CGResult(NamedTuple):
     "What `conjugate_gradient` found, for each right-hand side"
     x: Float[Tensor, "*b m"]|None  # Solutions
-    residual: Float[Tensor, "*b"]  # Relative residuals ‖b − Ax‖/‖b‖, as the iteration counts them
+    residual: Float[Tensor, "*b"]  # ‖b − Ax‖/‖b‖, as the iteration counts it
     negative: Bool[Tensor, "*b"]   # Stopped at a direction of negative curvature?
     iterations: int                # Products that were asked for
 
@@ -29,28 +31,29 @@ def conjugate_gradient(
     product:Callable,        # `product(V)`: rows C V_k; C symmetric
     b:Float[Tensor, "*b m"], # Right-hand sides
     lam:Float[Tensor, "*b"], # Damping λ of each
-    tol:float=1e-5,          # Wanted relative residual; 0: `max_iter` products, reading no number
+    tol:float=1e-5,          # Relative residual; 0: always `max_iter` products
     max_iter:int=100,        # Most products
-) -> _CGResult:               # Solutions of (C + λI) x = b, and how well they were reached
+) -> _CGResult:              # Solutions of (C + λI) x = b
     "Conjugate gradients for several right-hand sides, stopped at negative curvature"
     tiny, eps = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
+    dot = lambda u, v: (u*v).sum(-1, keepdim=True)
     size = b.abs().amax(-1, keepdim=True).clamp_min(tiny)
     b, lam = b/size, lam.unsqueeze(-1)
-    x, r, p = torch.zeros_like(b), b, b
-    rr = norm = b.square().sum(-1, keepdim=True)
-    live, negative, n = norm > 0, torch.zeros_like(norm, dtype=torch.bool), 0
+    x, r, p, rr = torch.zeros_like(b), b, b, dot(b, b)
+    norm, live, negative, n = rr, rr > 0, rr < 0, 0
     while n < max_iter and (tol == 0 or live.any()):
         Ap, n = product(p) + lam*p, n + 1
-        pp, pAp = p.square().sum(-1, keepdim=True), (p*Ap).sum(-1, keepdim=True)
-        down = live & (pAp <= eps*(pp*Ap.square().sum(-1, keepdim=True)).sqrt())
+        pp, pAp = dot(p, p), dot(p, Ap)
+        down = live & (pAp <= eps*(pp*dot(Ap, Ap)).sqrt())
         if n == 1: x = (b/((pAp/pp - lam).abs() + lam).clamp_min(tiny)).where(down, x)
         negative, live = negative | down, live & ~down
         step = (rr/pAp).where(live, 0)
         x, r = x + step*p, (r - step*Ap).where(live, r)
-        new = r.square().sum(-1, keepdim=True).where(live, rr)
+        new = dot(r, r).where(live, rr)
         p, rr = (r + new/rr*p).where(live, p), new
         live = live & (new > tol**2*norm)
-    return _CGResult(x*size, (rr/norm.clamp_min(tiny)).sqrt()[..., 0], negative[..., 0], n)
+    residual = (rr/norm.clamp_min(tiny)).sqrt()
+    return _CGResult(x*size, residual[..., 0], negative[..., 0], n)
 
 # %% ../../nbs/core/06_large.ipynb #47d0cd14
 class _Products(NamedTuple):
@@ -61,10 +64,11 @@ class _Products(NamedTuple):
 
     def __add__(self, o): return _Products(self.sums + o.sums, self.parts + o.parts)
 
-    def pooled(self, group): return _Products(self.sums.pooled(group), self.parts, group)
+    def pooled(self, group):
+        return _Products(self.sums.pooled(group), self.parts, group)
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
-        "Products with the mean Hessian, each entry a mean over the samples that have it"
+        "Products with the mean Hessian, each entry over the samples that have it"
         root = self.sums.count.where(self.sums.count > 0, 1).sqrt().unsqueeze(-2)
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root
@@ -75,9 +79,9 @@ def _signs(G): return random_signs(8, G).expand(*G.shape[:-2], -1, -1)
 class Krylov(Damped):
     "Newton step for the mean Hessian by conjugate gradients, for very many outputs"
     second = "products"
-    def __init__(self, lam:SupportsFloat|str|Callable="auto", # A number, "auto", or a function
-                 tol:SupportsFloat=1e-5,                      # Relative residual to reach
-                 max_iter:SupportsFloat=100):                 # Most products with the Hessian
+    def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
+                 tol:SupportsFloat=1e-5,      # Relative residual to reach
+                 max_iter:SupportsFloat=100): # Most products with the Hessian
         super().__init__(lam)
         self.tol, self.last = number("tol", tol, 0, 1), None
         self.max_iter = number("max_iter", max_iter, 1, whole=True)
@@ -88,15 +92,14 @@ class Krylov(Damped):
             for v in V.split(size, -2):
                 yield b.H(v.movedim(-2, 0).unsqueeze(-2).expand(-1, *b.G.shape))
         def total(V): return torch.cat([P.sum(-2) for P in products(V)]).movedim(0, -2)
-        sums = super().observe(b)
-        if self.lam == "auto":
-            found = [(P.sum(-2), P.square().sum((-2, -1))) for P in products(_signs(b.G))]
-            P, squares = map(torch.cat, zip(*found))
-            sums = Evidence.of(b, True, total=P.movedim(0, -2), spread=squares.mean(0))
+        if self.lam != "auto": return _Products(super().observe(b), (total,))
+        found = [(P.sum(-2), P.square().sum((-2, -1))) for P in products(_signs(b.G))]
+        P, squares = map(torch.cat, zip(*found))
+        sums = Evidence.of(b, True, total=P.movedim(0, -2), spread=squares.mean(0))
         return _Products(sums, (total,))
 
     def damping(self, e):
-        "λ and the factor on the direction; eigenvalues by their size in products with signs"
+        "λ and a factor; eigenvalues by their size in products with signs"
         s, V = e.sums, _signs(e.sums.square.unsqueeze(-2))
         if callable(self.lam):
             size = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
@@ -115,9 +118,11 @@ class Krylov(Damped):
             G, real = both.chunk(2, -1)
         lam, size = self.damping(e)
         lam = lam.unsqueeze(-1).expand(G.shape[:-1])
-        found = conjugate_gradient(lambda V: real*e.mean(real*V), G, lam, self.tol, self.max_iter)
+        product = lambda V: real*e.mean(real*V)
+        found = conjugate_gradient(product, G, lam, self.tol, self.max_iter)
         self.last, D = found._replace(x=None), found.x
         if self.lam == "auto":
-            length = torch.linalg.vector_norm(G, dim=-1)/lam/torch.linalg.vector_norm(D, dim=-1)
-            D = size*D*length.nan_to_num(1).clamp_max(1).unsqueeze(-1)
+            norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+            longest = norm(G)/lam.unsqueeze(-1)      # of a step for C = 0
+            D = size*D*(longest/norm(D)).nan_to_num(1).clamp_max(1)
         return D.narrow(-2, start, N)

@@ -17,7 +17,7 @@ from .solves import number
 
 # %% ../../nbs/core/05_memory.ipynb #02d327a4
 class _Memory(nn.Module):
-    "Sums of evidence over time; what is remembered lies in the `state_dict` of whatever holds it"
+    "Sums of evidence over time, kept in the `state_dict` of whatever holds it"
     __repr__ = Direction.__repr__
     past = ()
 
@@ -28,30 +28,31 @@ class _Memory(nn.Module):
     def keep(self, past:list[Evidence]):
         "Remember this, unless a checkpoint computes a batch again"
         if torch._C._current_graph_task_id() != -1: raise RuntimeError(
-            "a Newton loss with a memory cannot be recomputed by torch.utils.checkpoint, since it "
-            "would remember the batch twice; checkpoint the network only")
+            "a Newton loss with a memory would remember a batch twice under "
+            "torch.utils.checkpoint; checkpoint the network only")
         self.past = past
 
-    def get_extra_state(self): return [type(self).__name__, [tuple(e) for e in self.past]]
+    def get_extra_state(self): return [type(self).__name__, [*map(tuple, self.past)]]
 
     def set_extra_state(self, state):
         if state[0] != type(self).__name__: raise ValueError(
-            f"memory: expected the state of a {type(self).__name__}, got that of a {state[0]}")
+            f"memory: expected the state of a {type(self).__name__}, "
+            f"got that of a {state[0]}")
         self.past = [Evidence(*e) for e in state[1]]
 
     def recall(self, e:Evidence) -> list[Evidence]:
         "What is remembered, on the device of new evidence and of its kind"
         kind = lambda e: [None if x is None else (x.ndim, *x.shape[-1:]) for x in e]
-        for p in self.past:
-            if kind(p) != kind(e): raise ValueError(
-                f"memory: expected evidence like that remembered, dimensions and outputs {kind(p)},"
-                f" got {kind(e)}; reset() it for another task, or pad all batches to one width")
+        if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
+            "memory: expected evidence like that remembered, dimensions and outputs "
+            f"{kind(self.past[0])}, got {kind(e)}; reset() it for another task, or pad "
+            "batches to one width")
         return [p.map(lambda x: x.to(e.square)) for p in self.past]
 
 # %% ../../nbs/core/05_memory.ipynb #790c593b
 class Window(_Memory):
     "The last batches, all samples alike"
-    def __init__(self, length:SupportsFloat): # Number of batches, the present one included
+    def __init__(self, length:SupportsFloat): # Number of batches, with the present one
         super().__init__()
         self.length = number("length", length, 1, whole=True)
 
@@ -62,32 +63,30 @@ class Window(_Memory):
 
 class MovingAverage(_Memory):
     "All batches, the older the less"
-    def __init__(self, decay:SupportsFloat): # Factor on the weight of the past with each batch
+    def __init__(self, decay:SupportsFloat): # Factor on the past with each batch
         super().__init__()
         self.decay = number("decay", decay, 0, 1)
 
     def forward(self, e):
         "The present evidence with what is left of the past, and what to keep"
         e = sum((self.decay*p for p in self.recall(e)), e)
-        return e, [e if e.rows is None else e._replace(rows=_compressed(e.rows))]
-
-def _compressed(rows):
-    "At most m rows with the same sum of outer products"
-    if rows.shape[-2] <= rows.shape[-1]: return rows
-    order = rows.abs().amax(-1, keepdim=True).argsort(-2, descending=True)
-    return torch.linalg.qr(rows.gather(-2, order.expand_as(rows)), mode="r")[1]
+        if e.rows is None or e.rows.shape[-2] <= e.rows.shape[-1]: return e, [e]
+        order = e.rows.abs().amax(-1, keepdim=True).argsort(-2, descending=True)
+        R = torch.linalg.qr(e.rows.gather(-2, order.expand_as(e.rows)), mode="r")[1]
+        return e, [e._replace(rows=R)]            # m rows, the same sum of products
 
 # %% ../../nbs/core/05_memory.ipynb #ed9bd6fa
 class Remembering(Direction):
     "A direction whose evidence is also summed over time"
     def __init__(self, direction:Direction, # What is sent back, given the sum
-                 memory:_Memory):            # `Window(length)` or `MovingAverage(decay)`
+                 memory:_Memory):            # `Window` or `MovingAverage`
         super().__init__()
-        sums = isinstance(direction, Direction) and direction.shares and not direction.memory
-        if not sums or direction.second == "products": raise TypeError(
-            f"direction: expected one whose evidence adds up over batches, got {direction!r}")
-        if not isinstance(memory, _Memory):
-            raise TypeError(f"memory: expected a Window or a MovingAverage, got {memory!r}")
+        sums = isinstance(direction, Direction) and direction.shares
+        if not sums or direction.memory or direction.second == "products":
+            raise TypeError("direction: expected one whose evidence adds up over "
+                            f"batches, got {direction!r}")
+        if not isinstance(memory, _Memory): raise TypeError(
+            f"memory: expected a Window or a MovingAverage, got {memory!r}")
         self.direction, self.second = direction, direction.second
         self.quick = direction.quick if type(self) is Remembering else None
         self.__dict__["memory"] = self._modules["memory"] = memory
@@ -97,5 +96,4 @@ class Remembering(Direction):
         self.memory.reset()
 
     def observe(self, b): return self.direction.observe(b)
-
     def forward(self, e, G, mask=None): return self.direction(e, G, mask)

@@ -21,18 +21,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import sample_losses
+from .derivatives import random_signs, sample_losses
 from .evidence import Batch, Evidence, Group, SingularError
 from .solves import SPECTRA, choice, damping, fisher_step, number
-from .solves import random_signs, spectral_step, spectrum
+from .solves import spectral_step, spectrum
 
 # %% ../../nbs/core/04_newton.ipynb #01d46a3a
 class Direction(nn.Module):
     "What is sent back to the outputs in place of the gradient; by itself, the gradient"
-    second = None     # Second derivatives that it wants: None, "full", "diagonal" or "products"
-    shares = True     # Do samples share a curvature?
-    memory = None     # What remembers evidence, if anything does
-    quick = None      # A faster `forward`, NaN where it would not be exact, if there is one
+    second = None # Second derivatives it wants: None, "full", "diagonal" or "products"
+    shares = True # Do samples share a curvature?
+    memory = None # What remembers evidence, if anything does
+    quick = None  # A faster `forward` if there is one, NaN where it would not be exact
 
     def observe(
         self,
@@ -43,145 +43,138 @@ class Direction(nn.Module):
 
     def forward(
         self,
-        e:Evidence,                            # The sum over all samples that share a curvature
-        G:Float[Tensor, "*b N m"],             # Gradients of the samples here
-        mask:Bool[Tensor, "*b N m"]|None=None, # True where an output is real; None: everywhere
-    ) -> Float[Tensor, "*b N m"]:              # Directions
+        e:Evidence,                # The sum over all samples that share a curvature
+        G:Float[Tensor, "*b N m"], # Gradients of the samples here
+        mask:Bool[Tensor, "*b N m"]|None=None, # True: a real output; None: all are
+    ) -> Float[Tensor, "*b N m"]:  # Directions
         "What to send back, given the sum"
         return G
 
-    def __repr__(self): return _one_line(self)
-
-def _one_line(self) -> str:
-    "The call that makes an object that keeps its arguments, without what is at its default"
-    name, shown = lambda v: getattr(v, "__name__", None) or repr(v), []
-    for p in inspect.signature(type(self)).parameters.values():
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
-        v = getattr(self, p.name)
-        if p.default is p.empty: shown.append(name(v))
-        elif repr(v) != repr(p.default): shown.append(f"{p.name}={name(v)}")
-    return f"{type(self).__name__}({', '.join(shown)})"
+    def __repr__(self):
+        "The call that makes it, without what is at its default"
+        shown, name = [], lambda v: getattr(v, "__name__", None) or repr(v)
+        for p in inspect.signature(type(self)).parameters.values():
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
+            v = getattr(self, p.name)
+            if p.default is p.empty: shown.append(name(v))
+            elif repr(v) != repr(p.default): shown.append(f"{p.name}={name(v)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 # %% ../../nbs/core/04_newton.ipynb #bb24a3e9
 class Damped(Direction):
-    "Base of the directions that have a damping λ"
-    def __init__(self, lam:SupportsFloat|str|Callable="auto"): # A number, "auto", or a function
+    "(C + λI)^(-p) G from a spectrum of C, which a subclass names; base of what has a λ"
+    power, signed, diagonal = 1., False, False # Are eigenvalues signed? Is C diagonal?
+
+    def __init__(self, lam:SupportsFloat|str|Callable="auto"): # Damping λ
         super().__init__()
         if isinstance(lam, str): choice("lam", lam, ("auto",))
-        elif isinstance(lam, Tensor) or not callable(lam): lam = number("lam", lam)
+        elif not callable(lam): lam = number("lam", lam)
         self.lam = lam
 
     def observe(self, b): return Evidence.of(b)
+    def spectrum(self, e): return None, None
+    def solve(self, e, G, lam, found):
+        return spectral_step(G, *found, lam, self.power, self.signed)
+
+    def forward(self, e, G, mask=None):
+        found = self.spectrum(e)
+        lam, size = damping(self.lam, e, found[0], self.power)
+        if mask is None or self.diagonal: return size*self.solve(e, G, lam, found)
+        return size*_by_pattern(self, e, G, mask, lam)
 
 class Fisher(Damped):
     "(F + λI)^(-p) G with the empirical Fisher F (paper, Definition 2)"
-    def __init__(self, lam:SupportsFloat|str|Callable="auto", # A number, "auto", or a function
-                 power:SupportsFloat=1.):                     # 1 is Newton's step, 1/2 whitens
+    def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
+                 power:SupportsFloat=1.):  # 1 is Newton's step, 1/2 whitens
         super().__init__(lam)
         self.power = number("power", power)
 
     def observe(self, b):
         if self.lam != "auto": return Evidence.of(b, rows=b.G)
-        return Evidence.of(b, True, rows=b.G, spread=b.G.square().sum(-1).square().sum(-1))
+        spread = b.G.square().sum(-1).square().sum(-1)
+        return Evidence.of(b, True, rows=b.G, spread=spread)
 
-    def damping(self, e): return damping(self.lam, e, None, self.power)
-    def solve(self, e, G, lam): return fisher_step(e, G, lam, self.power, self.lam == "auto")
-
-    def forward(self, e, G, mask=None):
-        if mask is not None: return _by_pattern(self, e, G, mask)
-        lam, size = self.damping(e)
-        return size*self.solve(e, G, lam)
+    def solve(self, e, G, lam, found):
+        return fisher_step(e, G, lam, self.power, self.lam == "auto")
 
     def quick(self, e, G, mask=None):
         if type(self) is not Fisher or self.power != 1 or mask is not None:
             return self(e, G, mask)
-        lam, size = self.damping(e)
-        if self.lam != "auto": lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
+        lam, size = damping(self.lam, e)
+        if self.lam != "auto":
+            lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
         return size*fisher_step(e, G, lam, gram=True)
 
 class Hessian(Damped):
     "(H + λI)^(-p) G with the mean Hessian H (paper, Definition 1)"
     second = "full"
-    def __init__(self, lam:SupportsFloat|str|Callable="auto", # A number, "auto", or a function
-                 eigenvalues:str="raw",                       # Negative ones: raw, abs or clip
-                 power:SupportsFloat=1.):                     # 1 is Newton's step
+    def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
+                 eigenvalues:str="raw",    # Negative ones: raw, abs or clip
+                 power:SupportsFloat=1.):  # 1 is Newton's step
         super().__init__(lam)
-        self.power = number("power", power)
+        self.power, self.signed = number("power", power), eigenvalues == "raw"
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
 
     def observe(self, b):
         if self.lam != "auto": return Evidence.of(b, total=b.H.sum(-3))
-        return Evidence.of(b, True, total=b.H.sum(-3), spread=b.H.square().sum((-3, -2, -1)))
+        spread = b.H.square().sum((-3, -2, -1))
+        return Evidence.of(b, True, total=b.H.sum(-3), spread=spread)
 
-    def damping(self, e, found=None):
-        values, _ = found or spectrum(e.mean, self.eigenvalues)
-        return damping(self.lam, e, values, self.power)
-
-    def solve(self, e, G, lam, found=None):
-        values, V = found or spectrum(e.mean, self.eigenvalues)
-        return spectral_step(G, values, V, lam, self.power, self.eigenvalues == "raw")
-
-    def forward(self, e, G, mask=None):
-        if mask is not None: return _by_pattern(self, e, G, mask)
-        found = spectrum(e.mean, self.eigenvalues)
-        lam, size = self.damping(e, found)
-        return size*self.solve(e, G, lam, found)
+    def spectrum(self, e): return spectrum(e.mean, self.eigenvalues)
 
 # %% ../../nbs/core/04_newton.ipynb #884f2252
-def _by_pattern(direction, e, G, mask):
+def _by_pattern(direction, e, G, mask, lam):
     "One solve for each pattern of real outputs, with the curvature of those outputs"
     if G.ndim > 2: return torch.stack([
-        _by_pattern(direction, e.map(lambda x: x[i]), G[i], mask[i]) for i in range(len(G))])
+        _by_pattern(direction, e.map(lambda x: x[i]), G[i], mask[i], lam[i])
+        for i in range(len(G))])
     D = torch.zeros_like(G)
-    if not mask.any(): return D
-    lam, size = direction.damping(e.cut(e.count > 0))
     for real in mask.unique(dim=0):
-        i = (mask == real).all(1)
+        i, own = (mask == real).all(1), e.cut(real)
         if not real.any(): continue
-        D[i[:, None] & real] = direction.solve(e.cut(real), G[:, real], lam)[i].flatten()
-    return size*D
+        found = direction.solve(own, G[:, real], lam, direction.spectrum(own))
+        D[i[:, None] & real] = found[i].flatten()
+    return D
 
 # %% ../../nbs/core/04_newton.ipynb #bbb4773b
 class Whiten(Fisher):
     "(F + λI)^(-1/2) G: whitened gradients"
-    def __init__(self, lam:SupportsFloat|str|Callable="auto"): # A number, "auto", or a function
+    def __init__(self, lam:SupportsFloat|str|Callable="auto"): # Damping λ
         super().__init__(lam, 0.5)
 
 # %% ../../nbs/core/04_newton.ipynb #e8addb29
 class DiagonalFisher(Damped):
     "The Fisher step with the diagonal of F only"
+    diagonal = True
     def observe(self, b):
         e = Evidence.of(b, True, spread=b.G.square().square().sum((-2, -1)))
         return e._replace(total=e.square)
 
-    def forward(self, e, G, mask=None):
-        lam, size = damping(self.lam, e, e.mean)
-        return size*spectral_step(G, e.mean, None, lam)
+    def spectrum(self, e): return e.mean, None
 
 class DiagonalHessian(Damped):
     "The Hessian step with the diagonal of the mean Hessian only"
-    def __init__(self, lam:SupportsFloat|str|Callable="auto", # A number, "auto", or a function
-                 eigenvalues:str="raw",                       # Negative ones: raw, abs or clip
-                 probes:SupportsFloat|None=None):             # Random vectors; None: m products
+    diagonal = True
+    def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
+                 eigenvalues:str="raw",    # Negative ones: raw, abs or clip
+                 probes:SupportsFloat|None=None):  # Random vectors; None: m products
         super().__init__(lam)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
-        self.probes = None if probes is None else number("probes", probes, 1, whole=True)
-        self.second = "diagonal" if probes is None else "products"
+        self.second, self.probes = "diagonal", None
+        if probes is not None:
+            self.second = "products"
+            self.probes = number("probes", probes, 1, whole=True)
+        self.signed = eigenvalues == "raw"
 
     def observe(self, b):
-        c = b.H if self.probes is None else self.estimate(b)
+        c = b.H
+        if self.probes:                           # estimates from products with signs
+            V = random_signs(self.probes, b.G)
+            V = V.view(-1, *[1]*(b.G.ndim - 1), V.shape[-1]).expand(-1, *b.G.shape)
+            c = (V*c(V)).mean(0)
         return Evidence.of(b, True, total=c.sum(-2), spread=c.square().sum((-2, -1)))
 
-    def estimate(self, b):
-        "Diagonals of the samples' Hessians from products with random vectors"
-        V = random_signs(self.probes, b.G)
-        V = V.view(-1, *[1]*(b.G.ndim - 1), V.shape[-1]).expand(-1, *b.G.shape)
-        return (V*b.H(V)).mean(0)
-
-    def forward(self, e, G, mask=None):
-        c = SPECTRA[self.eigenvalues](e.mean)
-        lam, size = damping(self.lam, e, c)
-        return size*spectral_step(G, c, None, lam, 1., self.eigenvalues == "raw")
+    def spectrum(self, e): return SPECTRA[self.eigenvalues](e.mean), None
 
 # %% ../../nbs/core/04_newton.ipynb #de500fe3
 class PerSample(Direction):
@@ -189,21 +182,21 @@ class PerSample(Direction):
     shares = False
     def __init__(self, direction:Direction): # What each sample takes
         super().__init__()
-        if not isinstance(direction, Direction) or not direction.shares or direction.memory:
-            raise TypeError(f"direction: expected one that remembers nothing, got {direction!r}")
+        sums = isinstance(direction, Direction) and direction.shares
+        if not sums or direction.memory: raise TypeError(
+            f"direction: expected one that remembers nothing, got {direction!r}")
         self.direction, self.second = direction, direction.second
 
     def observe(self, b):
-        alone = lambda x: None if x is None else x.unsqueeze(-2)
-        H = b.H.unsqueeze(b.G.ndim - 1) if isinstance(b.H, Tensor) else b.H
-        if callable(H): H = lambda V: b.H(V.squeeze(-2)).unsqueeze(-2)
-        own = Batch(b.loss, alone(b.G), H, alone(b.weight))
-        return (b.G.shape[-2], self.direction.observe(own)),
+        own = [x.unsqueeze(b.G.ndim - 1) if isinstance(x, Tensor) else x for x in b]
+        if callable(b.H): own[2] = lambda V: b.H(V.squeeze(-2)).unsqueeze(-2)
+        return (b.G.shape[-2], self.direction.observe(Batch(*own))),
 
     def forward(self, e, G, mask=None):
         sizes, parts = zip(*e)
         cut = lambda x: [None]*len(e) if x is None else x.unsqueeze(-2).split(sizes, -3)
-        return torch.cat(list(map(self.direction, parts, cut(G), cut(mask))), -3).squeeze(-2)
+        D = list(map(self.direction, parts, cut(G), cut(mask)))
+        return torch.cat(D, -3).squeeze(-2)
 
 # %% ../../nbs/core/04_newton.ipynb #24f21d29
 class Clip(Direction):
@@ -220,13 +213,15 @@ class Clip(Direction):
 class Normalize(Direction):
     "Gradients divided by the root mean square of all their entries"
     def observe(self, b): return Evidence.of(b)
+
     def forward(self, e, G, mask=None):
         rms = (e.square.sum(-1)/e.count.sum(-1).clamp_min(1)).sqrt()
         return G/rms.clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
 
 class Scalar(Damped):
-    "Newton step for a Fisher that is the same in all directions orthogonal to the vector of ones"
+    "Newton step for a Fisher that is a multiple of I orthogonal to the vector of ones"
     def observe(self, b): return Evidence.of(b, self.lam == "auto")
+
     def forward(self, e, G, mask=None):
         if self.lam == "auto": return e.evenness[..., None, None]*G
         n = e.samples.where(e.samples > 0, 1)
@@ -236,25 +231,27 @@ class Scalar(Damped):
 
 # %% ../../nbs/core/04_newton.ipynb #45d7bb75
 class OutputLoss(nn.Module):
-    "The mean of a per-sample loss, whose gradient at the outputs is a direction of our choice"
+    "The mean of a per-sample loss, whose gradient at the outputs is a chosen direction"
     __repr__ = Direction.__repr__
     def __init__(
         self,
-        loss_fn:Callable,                # Per-sample loss: `loss_fn(y, *args)` has shape (N,)
+        loss_fn:Callable,                # Per-sample loss: `loss_fn(y, *args)` is (N,)
         direction:Direction=Direction(), # What is sent back
-        chunk_size:SupportsFloat|None=None, # Samples whose derivatives are computed at a time
-        check:bool=True,                 # Check the loss's derivatives at the first call?
-        on_nonfinite:str="raise",        # What NaN does: "raise", "skip" it, plain "gradient"
-        group="auto",                    # Processes that share the batch: "auto", a group, or None
+        chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
+        check:bool=True,                 # Check derivatives at the first call?
+        on_nonfinite:str="raise",        # At NaN: "raise", "skip", plain "gradient"
+        group="auto",                    # Processes that share: "auto", a group, None
     ):
         super().__init__()
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
         if not isinstance(direction, Direction):
             raise TypeError(f"direction: expected a Direction, got {direction!r}")
-        if chunk_size is not None: chunk_size = number("chunk_size", chunk_size, 1, whole=True)
         self.loss_fn, self.direction, self.chunk_size = loss_fn, direction, chunk_size
-        self.on_nonfinite = choice("on_nonfinite", on_nonfinite, ("raise", "skip", "gradient"))
+        if chunk_size is not None:
+            self.chunk_size = number("chunk_size", chunk_size, 1, whole=True)
+        known = "raise", "skip", "gradient"
+        self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
         self.check, self.group, self.shared, self.learns = check, group, None, False
         self.checked = not check or on_nonfinite == "skip"
 
@@ -262,32 +259,32 @@ class OutputLoss(nn.Module):
     def forward(
         self,
         y:Float[Tensor, "*b N m"],             # Network outputs
-        *args,                                 # Further arguments of the loss, such as labels
-        mask:Bool[Tensor, "*b N m"]|None=None, # True where an output is real; None: everywhere
+        *args,                                 # Further arguments, such as labels
+        mask:Bool[Tensor, "*b N m"]|None=None, # True: a real output; None: all are
         **unknown,
-    ) -> Float[Tensor, "*b"]:                  # The value to log and to call `backward` on
+    ) -> Float[Tensor, "*b"]:                  # To log and to call `backward` on
         "Mean loss; its gradient at `y` is the direction over N"
         for k in unknown: raise TypeError(
-            f"{k}: expected the loss's arguments without names, got {k}=...; give them in their "
-            f"order, or bind {k} with functools.partial")
+            f"{k}: expected the loss's arguments by position; or bind {k} with "
+            "functools.partial")
         functional = torch._C._are_functorch_transforms_active()
-        wanted = functional or getattr(y, "requires_grad", False) and torch.is_grad_enabled()
-        if not wanted: return self._plain(y, mask, args)
+        wanted = getattr(y, "requires_grad", False) and torch.is_grad_enabled()
+        if not (functional or wanted): return self._plain(y, mask, args)
         first = not self.checked
         base = _Send if functional else super(torch.autograd.Function, _Send)
         value = base.apply(y, self, mask, *args)[0]
-        if functional or not self._learns(y.detach(), mask, args, first): return value
-        own = self._plain(y.detach(), mask, args)
+        if functional or not self._learns(y, mask, args, first): return value
+        own = self._plain(y, mask, args)
         return value + (own - own.detach())
 
-    def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None) -> tuple[Tensor, Tensor]:
-        "Losses and the directions to send back, zero for samples that take no part"
+    def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
+        "Losses and directions of the samples, zero for those that take no part"
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
         return b.loss, D
 
     @property
     def cosine(self) -> float:
-        "Between what was sent back last and the gradient, over the batch; 1: the plain gradient"
+        "Between what was sent back last and the gradient; 1: the plain gradient"
         G, D = self.__dict__["sent"]
         return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
 
@@ -296,115 +293,115 @@ class OutputLoss(nn.Module):
 def _step(self:OutputLoss, y, mask, args, remember=False):
     "The batch, the directions, and how many samples take part, for each process"
     group, memory = Group(self.group), None if self.shared else self.direction.memory
-    b, e = group.together(partial(self._observe, y, mask, args), getattr(y, "device", "cpu"))
+    observe = partial(self._observe, y, mask, args)
+    b, e = group.together(observe, getattr(y, "device", "cpu"))
     if self.shared: e = self.shared
-    elif type(e) is not tuple: e = e.pooled(group)   # a tuple is of samples that share nothing
+    elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
     self.__dict__["sent"] = b.G, D
     if memory and remember: memory.keep(past)
-    self.checked = self.checked or y.shape[-2] > 1
-    n = y.shape[-2] if b.weight is None and group.size == 1 else group.add(b.n)/group.size
-    return b, D.to(b.loss), n
-
-@patch
-def _directions(self:OutputLoss, e, b, mask, y):
-    "What the direction sends back, or what `on_nonfinite` says where that is not finite"
-    raises, find, quick = self.on_nonfinite == "raise", self.direction, self.direction.quick
-    if not b.G.shape[-2] and find.second != "products": return b.G  # these all processes need
-    for find in (quick, find) if raises and quick else (find,):
-        D = find(e, b.G, mask)
-        if b.weight is not None: D = D.where(b.weight > 0, 0)
-        if raises and math.isfinite((D.sum() + b.loss.sum()).item()): return D
-    if raises: _explain(D, b, e, y)
-    if raises: return D
-    found = D.isfinite().all(-1).all(-1)[..., None, None]
-    return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
-
-def _explain(D, b, e, y):
-    "Raise an error that says what is not finite, if anything is"
-    y = y if b.weight is None else y.where(b.weight > 0, 0)
-    named = {"y": y, "loss_fn's values": b.loss, "gradient of loss_fn": b.G,
-             "Hessian of loss_fn": getattr(e, "total", None)}
-    for name, x in named.items():
-        if x is not None and (bad := int((~x.isfinite()).sum())): raise NonFiniteError(
-            f"{name}: expected finite numbers, got {bad} NaN or infinite out of {x.numel()}")
-    if not D.isfinite().all(): raise SingularError(
-        "lam: C + λI is singular, or λ is no number that is at least 0; expected a larger lam, "
-        "lam='auto', or eigenvalues='abs'")
+    self.checked, n, D = self.checked or y.shape[-2] > 1, y.shape[-2], D.to(b.loss)
+    if b.weight is not None or group.size > 1:
+        n = group.add(b.n)/group.size
+        n = n.where(n > 0, 1)[..., None, None].to(D)
+    return b, D, n
 
 @patch
 def _observe(self:OutputLoss, y, mask, args):
-    "The batch, and the sum of what its chunks say"
+    "The batch, and the sum of the evidence of its chunks"
     self._check_call(y, mask, args)
-    (*lead, N, _), own = y.shape, self._of_samples(y, mask, args)
-    size = max(1, self.chunk_size//math.prod(lead)) if self.chunk_size else N
-    def piece(i, k=size):
-        cut = lambda a: None if a is None else a.narrow(len(lead), i, min(k, N - i))
+    own, (*lead, N, _) = self._of_samples(y, mask, args), y.shape
+    size = N if self.chunk_size is None else self.chunk_size//math.prod(lead)
+    size = max(size, 2 - self.checked)               # the first check is of two samples
+    def piece(i):
+        cut = lambda a: None if a is None else a.narrow(len(lead), i, min(size, N - i))
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
-    if size == 1 < N and not self.checked: self._batch(*piece(0, 2))
-    parts, seen = [], []
-    for given in map(piece, range(0, N, size)) if size < N else [(y, mask, args)]:
-        b = self._batch(*given)
-        parts.append(b._replace(H=None))
-        seen.append(None if self.shared else self.direction.observe(b))
-    if size >= N: return parts[0], seen[0]
+    if size >= N: return self._batch(y, mask, args)
+    parts, seen = zip(*(self._batch(*piece(i)) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
 
 @patch
 def _batch(self:OutputLoss, y, mask, args):
-    "What the loss says of some samples, in float64; zeros and weight 0 for what takes no part"
+    "Losses and derivatives of some samples, and the sums of the direction over them"
     lead, guard = y.shape[:-1], self.on_nonfinite != "raise"
     second = None if self.shared else self.direction.second
     y, mask, *args = _flat(y.detach(), mask, args)
     if guard:
-        fine = (y.isfinite() if mask is None else y.isfinite() | ~mask).all(-1, keepdim=True)
+        fine = y.isfinite() if mask is None else y.isfinite() | ~mask
+        fine = fine.all(-1, keepdim=True)
         y = y.where(fine, 0)
-    check = not self.checked
-    loss, G, H = derivatives(self.loss_fn, y, *args, second=second, check=check, mask=mask)
+    loss, G, H = derivatives(self.loss_fn, y, *args, second=second,
+                             check=not self.checked, mask=mask)
     if guard:
         fine = fine & loss.isfinite().unsqueeze(-1) & G.isfinite().all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and second:
-            known = H if isinstance(H, Tensor) else H(random_signs(1, y).expand(1, *y.shape))[0]
+            signs = random_signs(1, y).expand(1, *y.shape)
+            known = H if isinstance(H, Tensor) else H(signs)[0]
             fine = fine & known.isfinite().flatten(1).all(-1, keepdim=True)
         mask, G = fine.expand_as(G) if mask is None else mask & fine, G.where(fine, 0)
         if isinstance(H, Tensor): H = H.where(fine.view(-1, *[1]*(H.ndim - 1)), 0)
-    G, H, mask = G.double(), second and H, None if mask is None else mask.double()
     if isinstance(H, Tensor): H = H.double()
-    elif H:
-        products, taken = H, fine if guard else G.new_ones(1, dtype=torch.bool)
-        H = lambda V: products(V.flatten(1, -2)).where(taken, 0).double().view(V.shape)
-    b = Batch(loss, G, H, mask)
-    if len(lead) == 1: return b
-    return Batch(*(x.unflatten(0, lead) if isinstance(x, Tensor) else x for x in b))
+    elif second:
+        products, among = H, fine if guard else loss.new_ones(1, dtype=torch.bool)
+        H = lambda V: products(V.flatten(1, -2)).where(among, 0).double().view(V.shape)
+    b = Batch(loss, G.double(), H, None if mask is None else mask.double())
+    if len(lead) > 1:
+        b = Batch(*(x.unflatten(0, lead) if isinstance(x, Tensor) else x for x in b))
+    return b._replace(H=None), None if self.shared else self.direction.observe(b)
 
 def _flat(y, mask, args):
     "Tensors with leading dimensions joined, in at least single precision"
-    k, flat = y.ndim - 1, []
-    if mask is None and not y.numel(): mask = y.bool()     # no loss is called without samples
-    for a in (y, mask, *args):
-        if isinstance(a, Tensor):
-            if k > 1 and a.shape[:k] == y.shape[:k]: a = a.flatten(0, k - 1)
-            if a.dtype in (torch.half, torch.bfloat16): a = a.float()
-        flat.append(a)
-    return flat
+    if mask is None and not y.numel(): mask = y.bool()   # no loss without samples
+    k, given = y.ndim - 1, [y, mask, *args]
+    for i, a in enumerate(given):
+        if not isinstance(a, Tensor): continue
+        if k > 1 and a.shape[:k] == y.shape[:k]: a = a.flatten(0, k - 1)
+        given[i] = a.float() if a.dtype in (torch.half, torch.bfloat16) else a
+    return given
+
+# %% ../../nbs/core/04_newton.ipynb #177eb8bb
+@patch
+def _directions(self:OutputLoss, e, b, mask, y):
+    "What goes back: the direction, or what `on_nonfinite` says"
+    raises, find = self.on_nonfinite == "raise", self.direction
+    if not b.G.shape[-2] and find.second != "products": return b.G  # all share in those
+    for find in (find.quick, find) if raises and find.quick else (find,):
+        D = find(e, b.G, mask)
+        if b.weight is not None: D = D.where(b.weight > 0, 0)
+        if raises and math.isfinite((D.sum() + b.loss.sum()).item()): return D
+    if raises: return _explain(D, b, e, y)
+    found = D.isfinite().all(-1).all(-1)[..., None, None]
+    return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
+
+def _explain(D, b, e, y):
+    "`D`, or an error that says what is not finite"
+    y = y if b.weight is None else y.where(b.weight > 0, 0)
+    named = {"y": y, "loss_fn's values": b.loss, "gradient of loss_fn": b.G,
+             "Hessian of loss_fn": getattr(e, "total", None)}
+    for name, x in named.items():
+        if x is not None and (bad := int((~x.isfinite()).sum())): raise NonFiniteError(
+            f"{name}: expected finite numbers, got {bad} of {x.numel()} that are not")
+    if D.isfinite().all(): return D
+    raise SingularError("lam: C + λI is singular, or λ is not at least 0; expected a "
+                        "larger lam, lam='auto', or eigenvalues='abs'")
 
 # %% ../../nbs/core/04_newton.ipynb #24a3a6e9
 class _Once(torch.autograd.Function):
-    "Base of what has a gradient and nothing beyond; itself an identity whose gradient is an error"
+    "What has a gradient and no more; itself an identity without a gradient"
     @staticmethod
     def forward(D, y): return D.view_as(D)
     @staticmethod
     def setup_context(ctx, inputs, output): pass
     @staticmethod
     def backward(ctx, g): raise RuntimeError(
-        "a Newton loss can be differentiated once: the direction that it sends back is not the "
-        "gradient of a function. For second derivatives use the plain loss")
+        "a Newton loss can be differentiated once: what it sends back is no function's "
+        "gradient. For second derivatives use the plain loss")
     @staticmethod
     def jvp(ctx, *tangents): raise RuntimeError(
-        "a Newton loss has a gradient, but no forward-mode derivative (torch.func.jvp, jacfwd, "
-        "hessian); use torch.func.grad, or the plain loss")
+        "a Newton loss has a gradient, but no forward-mode derivative (torch.func.jvp, "
+        "jacfwd, hessian); use torch.func.grad, or the plain loss")
     @staticmethod
     def vmap(info, in_dims, D, y): return _Once.apply(D, y), in_dims[0]
 
@@ -415,7 +412,6 @@ class _Send(_Once):
     @staticmethod
     def forward(y, loss, mask, *args):
         b, D, n = loss._step(y, mask, args, remember=loss.training)
-        if isinstance(n, Tensor): n = n.where(n > 0, 1)[..., None, None].to(D)
         return _mean(b), D/n
 
     @staticmethod
@@ -435,14 +431,15 @@ class _Send(_Once):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if inputs[1].direction.memory: raise RuntimeError(
-            "a Newton loss with a memory cannot run under torch.func.vmap, since the networks "
-            "would share it; give each its own loss")
-        take = lambda i: [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims)]
-        values = [_Send.apply(*take(i)) for i in range(info.batch_size)]
+            "a Newton loss with a memory cannot run under torch.func.vmap, since the "
+            "networks would share it; give each its own loss")
+        values = [_Send.apply(*(x if d is None else x.select(d, i)
+                                for x, d in zip(inputs, in_dims)))
+                  for i in range(info.batch_size)]
         return tuple(map(torch.stack, zip(*values))), (0, 0)
 
 def _mean(b, n=None):
-    "Mean of the losses that take part, n of them or as many as there are; zero if there are none"
+    "Mean of the losses of the n samples that take part; zero if there are none"
     if b.weight is None: return b.loss.mean(-1)
     if n is None: n = b.n
     return (b.loss.where(b.taken, 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
@@ -450,26 +447,25 @@ def _mean(b, n=None):
 # %% ../../nbs/core/04_newton.ipynb #78e39088
 @patch
 def _of_samples(self:OutputLoss, y, mask, args):
-    "Where a batch is cut: which arguments have a row for each sample; the others have 1 row"
+    "Where a batch is cut: which arguments have a row per sample; others have 1 row"
     if mask is None and self.chunk_size is None and y.ndim == 2: return None
-    lead, tensor = y.shape[:-1], [isinstance(a, Tensor) and a.ndim > 0 for a in args]
-    own = [t and a.shape[:len(lead)] == lead for a, t in zip(args, tensor)]
+    (*lead, m), tensor = y.shape, [isinstance(a, Tensor) and a.ndim > 0 for a in args]
+    own = [t and [*a.shape[:len(lead)]] == lead for a, t in zip(args, tensor)]
     for i, a in enumerate(args):
         if tensor[i] and not own[i] and len(a) > 1: raise ValueError(
-            f"args[{i}]: expected one row per sample, first dimensions {tuple(lead)}, where a "
-            "batch is cut (chunk_size, mask, leading dimensions), got shape "
-            f"{tuple(a.shape)}; what all samples share has 1 as its first dimension, or belongs "
-            "into the loss" + f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(y.shape[-1] == 1))
-    like = [i for i, a in enumerate(args) if own[i] and a.shape == y.shape[-1:]]
-    if like and y.ndim == 2 and not self.checked:
-        def losses(turn):
-            more = [turn(a) if o else a for a, o in zip(args, own)]
-            real = None if mask is None else turn(mask)
-            return sample_losses(self.loss_fn, turn(y.detach()), *more, mask=real)
-        same = losses(lambda a: a).roll(1), losses(lambda a: a.roll(1, 0))
-        if not torch.allclose(*same, 1e-3, 1e-6, True): raise ValueError(
-            f"args[{like[0]}]: expected one number per sample where a batch is cut, got "
-            f"{y.shape[-1]} that all samples share; give them the shape (1, {y.shape[-1]})")
+            f"args[{i}]: expected one row per sample, first dimensions {lead}, where a "
+            f"batch is cut, got shape {[*a.shape]}; what all samples share has 1 row"
+            + f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1))
+    if y.ndim > 2 or self.checked: return own
+    for i, a in enumerate(args):
+        if not own[i] or a.shape != y.shape[-1:]: continue
+        def losses(k):
+            roll = lambda a: None if a is None else a.roll(k, 0)
+            more = [roll(a) if o else a for a, o in zip(args, own)]
+            return sample_losses(self.loss_fn, roll(y.detach()), *more, mask=roll(mask))
+        if not torch.allclose(losses(0).roll(1), losses(1), 1e-3, 1e-6, True):
+            raise ValueError(f"args[{i}]: expected one number per sample where a batch "
+                             f"is cut; give {m} that all share the shape (1, {m})")
     return own
 
 # %% ../../nbs/core/04_newton.ipynb #8f06f6b7
@@ -478,27 +474,26 @@ def _plain(self:OutputLoss, y, mask, args):
     "The mean of the losses themselves"
     self._check_call(y, mask, args)
     self._of_samples(y, mask, args)
-    lead, group, raises = y.shape[:-1], Group(self.group), self.on_nonfinite == "raise"
+    lead, group = y.shape[:-1], Group(self.group)
+    y, mask, *args = _flat(y.detach(), mask, args)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-    def losses(y, mask):
-        x, mask, *more = _flat(y, mask, args)
-        return sample_losses(self.loss_fn, x, *more, mask=mask).view(lead)
     with torch.autocast(y.device.type, enabled=False):
-        loss = losses(y, mask)
-        fine = loss.isfinite() & (y.isfinite() | ~real).all(-1) | raises
-        if loss.requires_grad and not raises:         # NaN may not reach the loss's parameters
-            among = real & fine.unsqueeze(-1)
-            loss = losses(y.where(among, 0), among)
-    b = Batch(loss, y, None, real & fine.unsqueeze(-1))
-    if raises: _explain(loss, b._replace(G=loss), None, y)
+        loss = sample_losses(self.loss_fn, y, *args, mask=mask)
+        if self.on_nonfinite == "raise":
+            _explain(loss, Batch(loss, loss, None, real), None, y)
+        else:
+            fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
+            real = real & fine.unsqueeze(-1)
+            if loss.requires_grad:                   # NaN may not reach its parameters
+                loss = sample_losses(self.loss_fn, y.where(real, 0), *args, mask=real)
+    b = Batch(loss.unflatten(0, lead), y, None, real.unflatten(0, lead))
     return _mean(b, group.add(b.n)/group.size if loss.requires_grad else b.n)
 
 @patch
 def _learns(self:OutputLoss, y, mask, args, first):
     "Has the loss parameters of its own that want a gradient?"
     f = self.loss_fn
-    if isinstance(f, nn.Module): return bool(f._parameters or f._modules) and any(
-        p.requires_grad for p in f.parameters())
+    if isinstance(f, nn.Module): return any(p.requires_grad for p in f.parameters())
     if first and not hasattr(f, "derivatives"):
         self.learns = self._plain(y, mask, args).requires_grad
     return self.learns
@@ -508,33 +503,29 @@ def _check_call(self:OutputLoss, y, mask, args):
     "Raise for arguments of the wrong kind"
     check_outputs(y, mask)
     for i, a in enumerate(args):
-        if not isinstance(a, Tensor): continue
-        if a.device != y.device and a.ndim: raise ValueError(
-            f"args[{i}]: expected a tensor on the device of y, {y.device}, got {a.device}")
-        if a.requires_grad: raise ValueError(
-            f"args[{i}]: expected a tensor without gradient, since a Newton loss sends a gradient "
-            "to y only; detach it")
+        if isinstance(a, Tensor) and a.requires_grad: raise ValueError(
+            f"args[{i}]: expected no gradient, since only y is sent one; detach it")
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: _Once.jvp(None)
-    if self.on_nonfinite == "raise" and y.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("on_nonfinite: expected 'skip' or 'gradient' in a CUDA graph, got "
-                           "'raise', which reads numbers")
+    reads = self.on_nonfinite == "raise" and y.is_cuda
+    if reads and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
+        "on_nonfinite: expected 'skip' or 'gradient' in a CUDA graph, got 'raise'")
 
 # %% ../../nbs/core/04_newton.ipynb #d07e7c75
 @patch
 @contextlib.contextmanager
-def accumulated(self:OutputLoss, batches:Iterable): # Tuples `(y, *args)`, one for each micro-batch
+def accumulated(self:OutputLoss, batches:Iterable): # Tuples `(y, *args)`
     "Within this context all calls share the evidence of these micro-batches"
     if not self.direction.shares: raise ValueError(
-        f"accumulated: expected a direction that shares its curvature, got {self.direction!r}")
+        f"accumulated: expected one curvature for all samples, got {self.direction!r}")
     def add():
         parts = [self._observe(y, None, args)[1] for y, *args in batches]
-        if not parts: raise ValueError("batches: expected at least one micro-batch, got none")
+        if not parts: raise ValueError("batches: expected at least one, got none")
         return sum(parts[1:], parts[0])
     group, memory = Group(self.group), self.direction.memory
-    with torch.no_grad(): e = group.together(add).pooled(group)
-    if memory: e, past = memory(e)
-    if memory and self.training: memory.keep(past)
-    self.shared = e
+    with torch.no_grad(): self.shared = group.together(add).pooled(group)
+    if memory:
+        self.shared, past = memory(self.shared)
+        if self.training: memory.keep(past)
     try: yield self
     finally: self.shared = None
 
@@ -543,27 +534,24 @@ class NewtonLoss(OutputLoss):
     "An `OutputLoss` with the usual directions by name"
     def __init__(
         self,
-        loss_fn:Callable,                 # Per-sample loss: `loss_fn(y, *args)` has shape (N,)
+        loss_fn:Callable,                 # Per-sample loss: `loss_fn(y, *args)` is (N,)
         curvature:str|Direction="fisher", # "fisher", "hessian", or a direction
-        lam:SupportsFloat|str|Callable="auto", # Damping λ: a number, "auto", or a function
-        eigenvalues:str="raw",            # Negative ones of a Hessian: "raw", "abs" or "clip"
-        chunk_size:SupportsFloat|None=None, # Samples whose derivatives are computed at a time
-        check:bool=True,                  # Check the loss's derivatives at the first call?
-        on_nonfinite:str="raise",         # What NaN does: "raise", "skip" it, plain "gradient"
-        group="auto",                     # Processes that share the batch: "auto", a group, or None
+        lam:SupportsFloat|str|Callable="auto", # Damping λ: number, "auto", function
+        eigenvalues:str="raw",            # Negative ones of a Hessian: raw, abs, clip
+        chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
+        check:bool=True,                  # Check derivatives at the first call?
+        on_nonfinite:str="raise",         # At NaN: "raise", "skip", plain "gradient"
+        group="auto",                     # Processes that share: "auto", a group, None
     ):
         direction, eigenvalues = curvature, choice("eigenvalues", eigenvalues, SPECTRA)
-        if isinstance(curvature, str):
+        if not isinstance(curvature, Direction):
             hessian = choice("curvature", curvature, ("fisher", "hessian")) == "hessian"
             direction = Hessian(lam, eigenvalues) if hessian else Fisher(lam)
-        elif not isinstance(curvature, Direction): raise TypeError(
-            f"curvature: expected 'fisher', 'hessian' or a Direction, got {curvature!r}")
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
-            f"curvature: expected no lam and eigenvalues beside {curvature!r}, which has its own")
+            f"curvature: expected no lam and eigenvalues with {curvature!r}, "
+            "which has its own")
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.named = curvature, lam, eigenvalues
-
-    curvature, lam, eigenvalues = (property(lambda self, i=i: self.named[i]) for i in range(3))
+        self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
 
 class ClippedLoss(OutputLoss):
     "An `OutputLoss` with the direction `Clip(max_norm)`"
@@ -573,23 +561,24 @@ class ClippedLoss(OutputLoss):
 
 class NormalizedLoss(OutputLoss):
     "An `OutputLoss` with the direction `Normalize()`"
-    def __init__(self, loss_fn:Callable, **kwargs): super().__init__(loss_fn, Normalize(), **kwargs)
+    def __init__(self, loss_fn:Callable, **kwargs):
+        super().__init__(loss_fn, Normalize(), **kwargs)
 
 class ScalarStepLoss(OutputLoss):
     "An `OutputLoss` with the direction `Scalar(lam)`"
-    def __init__(self, loss_fn:Callable, lam:SupportsFloat|str|Callable="auto", **kwargs):
+    def __init__(self, loss_fn:Callable, lam="auto", **kwargs):
         super().__init__(loss_fn, Scalar(lam), **kwargs)
         self.lam = lam
 
 # %% ../../nbs/core/04_newton.ipynb #d3610387
 def newton_direction(
-    loss_fn:Callable,                      # Per-sample loss: `loss_fn(y, *args)` has shape (N,)
-    y:Float[Tensor, "*b N m"],             # Network outputs
-    *args,                                 # Further arguments of the loss
-    mask:Bool[Tensor, "*b N m"]|None=None, # True where an output is real; None: everywhere
-    **kwargs,                              # Options of `NewtonLoss`
-) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N m"]]: # Losses and directions, detached
-    "Losses and damped Newton directions of all samples"
+    loss_fn:Callable,          # Per-sample loss: `loss_fn(y, *args)` is (N,)
+    y:Float[Tensor, "*b N m"], # Network outputs
+    *args,                     # Further arguments of the loss
+    mask:Bool[Tensor, "*b N m"]|None=None, # True: a real output; None: all are
+    **kwargs,                  # Options of `NewtonLoss`
+) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N m"]]: # Losses and directions
+    "Losses and damped Newton directions of all samples, detached"
     return NewtonLoss(loss_fn, **kwargs).directions(y, *args, mask=mask)
 
 def newton_target(
@@ -598,7 +587,7 @@ def newton_target(
     *args,                     # Further arguments of the loss
     **kwargs,                  # Options of `newton_direction`
 ) -> Float[Tensor, "*b N m"]:  # Targets z* = y − d, detached
-    "Where one damped Newton step on the loss would move the outputs (paper, Definitions 1 and 2)"
+    "Where a damped Newton step would move the outputs (paper, Definitions 1 and 2)"
     D = newton_direction(loss_fn, y, *args, **kwargs)[1]
     return (y.detach().to(D.dtype) - D).to(y.dtype)
 
@@ -608,52 +597,37 @@ class _Linear:
     def __call__(self, y, G): return (y*G).sum(-1)
     def derivatives(self, y, G, hessian): return self(y, G), G, None
 
-class _Inject(_Once):
-    "Identity forward; backward, gradients become directions"
-    @staticmethod
-    def forward(y, loss, mean, scale):
-        group = Group(loss.group if y.requires_grad else None)
-        if loss.on_nonfinite == "raise":
-            group.together(partial(_explain, y, Batch(y, y, None), None, y), y.device)
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.settings = inputs[1:]
-
-    @staticmethod
-    def backward(ctx, g):
-        (y,), (loss, mean, scale) = ctx.saved_tensors, ctx.settings
-        given = lambda: _scale(scale() if callable(scale) else scale)
-        s = Group(loss.group).together(given, g.device)
-        G = g.detach().to(torch.promote_types(g.dtype, torch.float32))/s*(len(g) if mean else 1)
-        _, D, n = loss._step(torch.zeros_like(G), None, (G,))
-        D = (D*s/(n if mean else 1)).nan_to_num(0).to(g.dtype)
-        return _once(D, y), None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs): raise RuntimeError(
-        "inject_fisher cannot run under torch.func.vmap, since it sees each network's batch only "
-        "in the backward pass; use NewtonLoss there")
-
-def _scale(x):
-    if number("scale", x, -torch.inf): return float(x)
-    raise ValueError(f"scale: expected a number other than zero, got {x!r}")
-
 @torch._disable_dynamo
 def inject_fisher(
     y:Float[Tensor, "N m"],        # Network outputs
-    lam:SupportsFloat|str|Callable="auto", # Damping λ: a number, "auto", or a function
-    reduction:str="mean",          # How the loss that follows reduces over samples: "mean" or "sum"
-    scale:SupportsFloat|Callable=1., # Factor on it before `backward`, or a function that gives it
-    on_nonfinite:str="raise",      # Gradients with NaN or infinity: "raise", "skip" or "gradient"
-    group="auto",                  # Processes that share the batch: "auto", a group, or None
+    lam:SupportsFloat|str|Callable="auto", # Damping λ: number, "auto", function
+    reduction:str="mean",          # Of the loss that follows: "mean" or "sum"
+    scale:SupportsFloat|Callable=1., # Factor on that loss, or a function that gives it
+    on_nonfinite:str="raise",      # At NaN: "raise", "skip", plain "gradient"
+    group="auto",                  # Processes that share: "auto", a group, None
 ) -> Float[Tensor, "N m"]:         # `y`, unchanged
-    "Give whatever loss follows the gradient of a Fisher Newton loss (paper, Algorithm 2)"
+    "Give the loss that follows a Fisher Newton loss's gradient (paper, Algorithm 2)"
     mean = choice("reduction", reduction, ("mean", "sum")) == "mean"
-    if not callable(scale): _scale(scale)
-    linear = OutputLoss(_Linear(), Fisher(lam), None, False, on_nonfinite, group)
-    linear._check_call(y, None, ())
+    factor = lambda: number("scale", scale() if callable(scale) else scale, -torch.inf)
+    if not callable(scale): factor()
+    loss = OutputLoss(_Linear(), Fisher(lam), None, False, on_nonfinite, group)
+    loss._check_call(y, None, ())
     if y.ndim != 2: raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}")
-    return _Inject.apply(y, linear, mean, scale)
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(str(i.key()).endswith("Vmap") for i in levels): raise RuntimeError(
+        "inject_fisher cannot run under torch.func.vmap, since it sees a batch in the "
+        "backward pass only; use NewtonLoss there")
+    team = Group(loss.group if y.requires_grad else None)
+    if on_nonfinite == "raise":
+        team.together(partial(_explain, y, Batch(y, y, None), None, y), y.device)
+    def turned(g):
+        with torch.no_grad():
+            s = team.together(factor, g.device)
+            G = g.to(torch.promote_types(g.dtype, torch.float32))/s
+            if mean: G = G*len(g)
+            _, D, n = loss._step(torch.zeros_like(G), None, (G,))
+            D = (D*s/(n if mean else 1)).to(g.dtype)
+        return _once(D, y)
+    z = y.view_as(y)
+    if z.requires_grad: z.register_hook(turned)
+    return z
