@@ -58,7 +58,7 @@ def _states(o, np):
 
 # %% ../../nbs/core/07_check.ipynb #8c8333c0
 class FixedNoise:
-    "The generators and buffers that can be reached from an object, and the global ones"
+    "Generators and buffers reached from `root`, and the global ones; `seed` for these"
     def __init__(self, root, seed=0):
         self.seed, self.np = seed, sys.modules.get("numpy")
         self.states = [s for o in _reachable(root) for s in _states(o, self.np)]
@@ -484,7 +484,7 @@ def _ask_size(p):
 
 # %% ../../nbs/core/07_check.ipynb #6c53f157
 def cosine(A:Tensor, B:Tensor) -> float: # Of all numbers in them
-    "Cosine of the angle between two tensors of the same shape, 1 if one is zero"
+    "Cosine of the angle between A and B of the same shape, 1 if one is zero"
     size = float(A.norm()*B.norm())
     return max(-1., min(1., float((A*B).sum())/size)) if size else 1.
 

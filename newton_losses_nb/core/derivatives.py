@@ -123,7 +123,7 @@ def _check_independent(loss, G, y):
 
 # %% ../../nbs/core/01_derivatives.ipynb #45f4a354
 def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
-    "k rows of −1 and 1, always the same"
+    "k rows of −1 and 1 like `like`, always the same"
     bits = torch.arange(k*like.shape[-1], device=like.device).view(k, -1)
     for _ in range(3): bits = (bits*0x9E3779B1 + 0x7F4A7C15) ^ (bits >> 15)
     return ((bits >> 13) % 2*2 - 1).to(like)

@@ -554,18 +554,18 @@ class NewtonLoss(OutputLoss):
         self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
 
 class ClippedLoss(OutputLoss):
-    "An `OutputLoss` with the direction `Clip(max_norm)`"
+    "An `OutputLoss` of `loss_fn` with the direction `Clip(max_norm)`"
     def __init__(self, loss_fn:Callable, max_norm:SupportsFloat=1., **kwargs):
         super().__init__(loss_fn, Clip(max_norm), **kwargs)
         self.max_norm = max_norm
 
 class NormalizedLoss(OutputLoss):
-    "An `OutputLoss` with the direction `Normalize()`"
+    "An `OutputLoss` of `loss_fn` with the direction `Normalize()`"
     def __init__(self, loss_fn:Callable, **kwargs):
         super().__init__(loss_fn, Normalize(), **kwargs)
 
 class ScalarStepLoss(OutputLoss):
-    "An `OutputLoss` with the direction `Scalar(lam)`"
+    "An `OutputLoss` of `loss_fn` with the direction `Scalar(lam)`"
     def __init__(self, loss_fn:Callable, lam="auto", **kwargs):
         super().__init__(loss_fn, Scalar(lam), **kwargs)
         self.lam = lam
@@ -608,7 +608,10 @@ def inject_fisher(
 ) -> Float[Tensor, "N m"]:         # `y`, unchanged
     "Give the loss that follows a Fisher Newton loss's gradient (paper, Algorithm 2)"
     mean = choice("reduction", reduction, ("mean", "sum")) == "mean"
-    factor = lambda: number("scale", scale() if callable(scale) else scale, -torch.inf)
+    def factor():
+        s = number("scale", scale() if callable(scale) else scale, -torch.inf)
+        if s: return s
+        raise ValueError("scale: expected a number other than zero, got 0")
     if not callable(scale): factor()
     loss = OutputLoss(_Linear(), Fisher(lam), None, False, on_nonfinite, group)
     loss._check_call(y, None, ())

@@ -17,7 +17,7 @@ from .evidence import Evidence
 
 # %% ../../nbs/core/03_solves.ipynb #d7c8189a
 def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
-    "A setting as a number in [low, high), or an error that names it"
+    "A setting `x` as a (whole) number in [low, high), or an error with its name"
     kind = str(getattr(x, "dtype", type(x).__name__))
     known = isinstance(x, Real) or getattr(x, "ndim", None) == 0
     value = float(x) if known and "bool" not in kind else torch.nan
@@ -28,7 +28,7 @@ def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
                      f"at least {low:g}{below}, got {x!r}")
 
 def choice(name:str, x, choices) -> str:
-    "A setting that is one of some words, or an error that names it"
+    "A setting `x` that is one of the choices, or an error with its name"
     if isinstance(x, str) and x in choices: return x
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {x!r}")
 
@@ -73,7 +73,7 @@ SPECTRA = { # What to do with negative eigenvalues
     "raw": lambda e: e, "abs": torch.abs, "clip": lambda e: e.clamp_min(0)}
 
 def spectrum(C:Float[Tensor, "*b m m"], eigenvalues:str="raw") -> tuple[Tensor, Tensor]:
-    "Eigenvalues `(*b, m)` and eigenvectors; eigenvalues NaN where C is not finite"
+    "Eigenvalues (raw, abs or clip) and eigenvectors of C; NaN where it is not finite"
     e, V = torch.linalg.eigh(((C + C.mT)/2).nan_to_num(0, 0, 0))
     return SPECTRA[eigenvalues](e) + (0*C).sum((-2, -1)).unsqueeze(-1), V
 
@@ -117,7 +117,7 @@ def _gram_step(A, own, G, lam):
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
 def fisher_step(e:Evidence, G:Float[Tensor, "*b N m"], lam, power=1., gram=False):
-    "Rows (F + λI)^(-p) G_i, NaN if it is singular; by `gram` if λ is no tiny part of F"
+    "Rows (F + λI)^-power G_i, λ = lam, F in e, NaN if singular; gram: λ is not tiny"
     A = e.mean
     if power != 1: return spectral_step(G, *_row_spectrum(A), lam, power)
     return _gram_step(A, e.rows is G, G, lam) if gram else _row_step(A, e, G, lam)

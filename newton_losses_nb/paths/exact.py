@@ -324,7 +324,7 @@ def is_valid_path(
     H, W = path.shape[-2:]
     grid = path.detach().reshape(-1, H, W).permute(1, 2, 0).contiguous()
     on = grid == 1
-    border = F.pad(on.to(torch.int8), (0, 0, 1, 1, 1, 1))
+    border = F.pad(on.permute(2, 0, 1).to(torch.int8), (1, 1, 1, 1)).permute(1, 2, 0)
     touches = sum(_shift(border, *o) for o in NEIGHBOURS)
     touches[0, 0] += 1; touches[-1, -1] += 1
     walls = torch.full(on.shape, torch.inf, dtype=torch.float32,
