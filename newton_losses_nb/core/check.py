@@ -525,13 +525,13 @@ def _taken(p, loss, rows, others, steps):
     unit = float((natural_step(p.y)/D[rows].square().mean().sqrt()).log10())
     near = min((unit + k/3 for k in range(-15, 4)), key=lambda o: value(ahead(p.y, o, D)))
     least = value(ahead(p.y, near, D))
-    for length in (near + k/3 for k in range(-2, 3)):
+    for length in (near, near - 1/3, near - 2/3):
         y = p.y
         for _ in range(steps): y = ahead(y, length, direction(y))
         least = min(least, value(y))
     return float(begin[rows].mean() - least)
 
-def _gains(p, steps=4):
+def _gains(p, steps=10):
     "Loss that steps along a direction take, over what steps along the gradient take"
     losses = [OutputLoss(_linear, d) for d in (Direction(), Fisher(), Whiten())]
     (a, b), = _halves(p.G[p.good], 1)
@@ -566,7 +566,7 @@ def _recommend(p):
         "Plain training: the Newton direction is nearly the gradient, a rescaling.")
     gain = max(newton, whitened)
     why = f"steps along it take {gain:.2f} times the loss that gradient steps take."
-    if gain < 4/3: return *plain, (
+    if gain < 1.2: return *plain, (
         f"Plain training: the Newton direction is another one, but {why}")
     if newton < gain: return OutputLoss, dict(direction=Whiten()), (
         f"Whitening, half of a Newton step: {why}")
