@@ -20,8 +20,10 @@ from torch.utils import benchmark
 
 import newton_losses_nb as new
 
-METHODS = {"fisher": lambda package, f: package.NewtonLoss(f),
+METHODS = {"fisher": lambda package, f: package.NewtonLoss(f),  # each with its own rule for λ
            "hessian": lambda package, f: package.NewtonLoss(f, "hessian"),
+           "fisher, λ 1": lambda package, f: package.NewtonLoss(f, lam=1.),
+           "hessian, λ 10": lambda package, f: package.NewtonLoss(f, "hessian", lam=10.),
            "clip": lambda package, f: package.ClippedLoss(f, 0.1)}
 
 def old_package(folder):
@@ -40,7 +42,7 @@ def old_package(folder):
     return types.SimpleNamespace(**vars(found[0]), SortingLoss=found[1].SortingLoss)
 
 def pair(both, method, loss_fn, inputs):
-    "A method of both packages with their own losses; compared are values and directions"
+    "A method of both packages with their own losses; compared are values and, for equal λ, directions"
     y, *args = inputs()
     def backward(loss, y):
         y = y.detach().requires_grad_()
@@ -48,7 +50,8 @@ def pair(both, method, loss_fn, inputs):
         value.backward()
         return value, len(y)*y.grad
     sides = [functools.partial(backward, METHODS[method](p, loss_fn(p))) for p in both]
-    check = [lambda y, f=f: torch.cat([o.detach().flatten() for o in f(y)]) for f in sides]
+    parts = 1 if method in ("fisher", "hessian") else 2
+    check = [lambda y, f=f: torch.cat([o.detach().flatten() for o in f(y)[:parts]]) for f in sides]
     return Setup(*sides, (y,), check)
 
 def squares(package): return lambda y, t: (y - t).square().sum(1)
@@ -64,8 +67,9 @@ def cases(old, device):
                 yield Case("core", f"{method}, {relaxation}", f"100 x {n}", "call",
                            make(method, loss_fn, inputs), (), 1.05, True)
     inputs = lambda: (random(100, 144, device=device), random(100, 144, device=device, seed=1))
-    yield Case("core", "fisher, squares", "100 x 144", "call", make("fisher", squares, inputs),
-               (), 1.05, True)
+    for method in ("fisher", "fisher, λ 1"):
+        yield Case("core", f"{method}, squares", "100 x 144", "call",
+                   make(method, squares, inputs), (), 1.05, True)
 
 def main():
     p = options(__doc__, 0.5)
@@ -84,7 +88,7 @@ def main():
         c, v = r["config"], r["result"]
         time_of = "{ratio:.3f} ({low:.3f} to {high:.3f}), {0:.0f} beside {1:.0f} us"
         found = time_of.format(v["ours"]*1e6, v["theirs"]*1e6, **v) if v else r["error"]
-        print(f"{c['method']:22} {c['size']:10} {found}", flush=True)
+        print(f"{c['method']:26} {c['size']:10} {found}", flush=True)
         if v: ratios.append(v["ratio"])
     print(f"median {statistics.median(ratios):.3f}, largest {max(ratios):.3f}")
 

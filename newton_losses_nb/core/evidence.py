@@ -49,8 +49,11 @@ class Evidence(NamedTuple):
     @classmethod
     def of(cls, b:Batch, lengths:bool=False, **more) -> "Evidence":
         "Sums for every direction, with `lengths` those of `evenness`, and `more`"
-        square = b.G.square().sum(-2)
-        if lengths: more["roots"] = b.G.square().sum(-1).pow(.25).sum(-1)
+        squares = b.G.square()
+        square = squares.sum(-2)
+        if lengths:                                  # the spread of a Fisher, if no other
+            own = squares.sum(-1)
+            more = dict(roots=own.pow(.25).sum(-1), spread=own.square().sum(-1)) | more
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         count = torch.full_like(square, b.G.shape[-2])
         return cls(square, count, count[..., 0], **more)
@@ -83,7 +86,7 @@ class Evidence(NamedTuple):
     @property
     def mean(self) -> Float[Tensor, "..."]:
         "Mean curvature, each entry over the samples that have it; of rows, of its root"
-        n = self.count.where(self.count > 0, 1)
+        n = self.count.clamp_min(1e-300)             # a sum over none is zero
         if self.total is not None and self.total.ndim == n.ndim: return self.total/n
         n = n.sqrt().unsqueeze(-2)
         return self.rows/n if self.total is None else self.total/n/n.mT
@@ -91,15 +94,15 @@ class Evidence(NamedTuple):
     @property
     def mean_square(self) -> Float[Tensor, "*b"]:
         "Mean over outputs of the mean squared gradient"
-        used = self.count > 0
-        return (self.square/self.count.where(used, 1)).sum(-1)/used.sum(-1).clamp_min(1)
+        used = self.count.sign().sum(-1).clamp_min(1)
+        return (self.square/self.count.clamp_min(1e-300)).sum(-1)/used
 
     @property
     def evenness(self) -> Float[Tensor, "*b"]:
         "(mean √length)² of the gradients over their root mean square, at most 1"
         N = self.samples.clamp_min(1)
         length = (self.square.sum(-1)/N).sqrt()
-        return (self.roots/N).square()/length.where(length > 0, 1)
+        return (self.roots/N).square()/length.clamp_min(1e-300)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):

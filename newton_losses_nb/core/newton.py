@@ -89,10 +89,7 @@ class Fisher(Damped):
         super().__init__(lam)
         self.power = number("power", power)
 
-    def observe(self, b):
-        if self.lam != "auto": return Evidence.of(b, rows=b.G)
-        spread = b.G.square().sum(-1).square().sum(-1)
-        return Evidence.of(b, True, rows=b.G, spread=spread)
+    def observe(self, b): return Evidence.of(b, self.lam == "auto", rows=b.G)
 
     def solve(self, e, G, lam, found):
         return fisher_step(e, G, lam, self.power, self.lam == "auto")

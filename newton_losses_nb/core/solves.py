@@ -35,7 +35,7 @@ def choice(name:str, x, choices) -> str:
 # %% ../../nbs/core/03_solves.ipynb #d9936857
 def _auto_damping(e, square, eigenvalues=None, known=None):
     "λ of Ledoit and Wolf, and the mean eigenvalue μ"
-    N, m, lift, least = e.samples, (e.count > 0).sum(-1), 0, 0
+    N, m, lift, least = e.samples, e.count.sign().sum(-1), 0, 0
     if known: mu, size, even = known             # μ, ‖ΣC_i‖² and (tr C)²/‖C‖²
     elif eigenvalues is None:                    # a Fisher
         A = e.rows if e.rows.shape[-2] < e.rows.shape[-1] else e.rows.mT
@@ -48,7 +48,7 @@ def _auto_damping(e, square, eigenvalues=None, known=None):
     rho = (N*e.spread/size - 1)/(N - 1)/(1 - even/m)
     rho = rho.where(N > 1, .5).nan_to_num(1).clamp(1e-6, 1 - 1e-6)
     lam = lift + mu*(rho/(1 - rho)).clamp_min(least)
-    return lam.where(mu > 0, 1.), mu             # without curvature any λ: the gradient
+    return lam + (mu == 0), mu                   # without curvature any λ: the gradient
 
 def damping(
     lam,                    # A number, "auto", or a function
