@@ -523,7 +523,8 @@ def _taken(p, loss, rows, others, steps):
         return torch.zeros_like(y).index_copy(0, where, _by_part(loss, G, others))
     D = direction(p.y)
     unit = float((natural_step(p.y)/D[rows].square().mean().sqrt()).log10())
-    near = min((unit + k/3 for k in range(-15, 4)), key=lambda o: value(ahead(p.y, o, D)))
+    lengths = (unit + k/3 for k in range(-15, 4))
+    near = min(lengths, key=lambda o: value(ahead(p.y, o, D)))
     least = value(ahead(p.y, near, D))
     for length in (near, near - 1/3, near - 2/3):
         y = p.y

@@ -51,7 +51,7 @@ class Evidence(NamedTuple):
         "Sums for every direction, with `lengths` those of `evenness`, and `more`"
         squares = b.G.square()
         square = squares.sum(-2)
-        if lengths:                                  # the spread of a Fisher, if no other
+        if lengths:                                  # a Fisher's spread, if no other
             own = squares.sum(-1)
             more = dict(roots=own.pow(.25).sum(-1), spread=own.square().sum(-1)) | more
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
