@@ -234,7 +234,7 @@ class LossReport:
     about:str             # Which loss and which outputs, in words
     findings:dict         # A `Finding` for each question
     make:type=OutputLoss  # The recommended loss: `make(loss_fn, **options)`
-    options:dict=field(default_factory=dict)
+    options:dict=field(default_factory=dict) # Its options
     why:str=""            # The reason, in a sentence
     fatal:str|None=None   # Why no loss can be made of it
 

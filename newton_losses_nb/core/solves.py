@@ -73,7 +73,7 @@ SPECTRA = { # What to do with negative eigenvalues
     "raw": lambda e: e, "abs": torch.abs, "clip": lambda e: e.clamp_min(0)}
 
 def spectrum(C:Float[Tensor, "*b m m"], eigenvalues:str="raw") -> tuple[Tensor, Tensor]:
-    "Eigenvalues (raw, abs or clip) and eigenvectors of C; NaN where it is not finite"
+    "C's eigenvectors and `eigenvalues`: raw, abs or clip; NaN where C is not finite"
     e, V = torch.linalg.eigh(((C + C.mT)/2).nan_to_num(0, 0, 0))
     return SPECTRA[eigenvalues](e) + (0*C).sum((-2, -1)).unsqueeze(-1), V
 
@@ -117,7 +117,7 @@ def _gram_step(A, own, G, lam):
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
 def fisher_step(e:Evidence, G:Float[Tensor, "*b N m"], lam, power=1., gram=False):
-    "Rows (F + λI)^-power G_i, λ = lam, F in e, NaN if singular; gram: λ is not tiny"
+    "Rows (F + λI)^-power G, λ = lam, F in e, NaN if singular; gram: λ is not tiny"
     A = e.mean
     if power != 1: return spectral_step(G, *_row_spectrum(A), lam, power)
     return _gram_step(A, e.rows is G, G, lam) if gram else _row_step(A, e, G, lam)
