@@ -152,7 +152,9 @@ def adapt(nb, page, names):
         if cell['cell_type'] == 'markdown': cell['source'] = outside_code(prose, text(cell))
         for o in cell.get('outputs', []):
             md = ''.join(o.get('data', {}).get('text/markdown', ''))
-            if md: o['data']['text/markdown'] = re.sub(r'^#+ .*$', lambda m: m[0].replace('__', r'\_\_'), md, flags=re.M)
+            if not md: continue
+            md = re.sub(r'^#+ .*$', lambda m: m[0].replace('__', r'\_\_'), md, flags=re.M)
+            o['data']['text/markdown'] = links(md, names, posixpath.dirname(page))
     return nb
 
 def pandoc(*args, stdin=''):
