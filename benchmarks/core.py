@@ -42,7 +42,7 @@ def old_package(folder):
     return types.SimpleNamespace(**vars(found[0]), SortingLoss=found[1].SortingLoss)
 
 def pair(both, method, loss_fn, inputs):
-    "A method of both packages with their own losses; compared are values and, for equal λ, directions"
+    "A method of both packages with their own losses; compared: values and, at equal λ, directions"
     y, *args = inputs()
     def backward(loss, y):
         y = y.detach().requires_grad_()

@@ -9,6 +9,7 @@ from reference import ce, close, data, run
 from newton_losses_nb import (
     Clip, DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss,
     PerSample, Remembering, SortingLoss, Whiten, Window, check_loss, inject_fisher, shortest_path)
+from newton_losses_nb.core.evidence import Batch
 from newton_losses_nb.paths.smoothing import BlackboxLoss, Noise
 
 Y, T = data(6, 4, 90)[0], torch.arange(6) % 4
@@ -169,3 +170,22 @@ def test_annotations_hold():
     pytest.importorskip("beartype")
     out = subprocess.run([sys.executable, "-c", HOOK], capture_output=True, text=True, timeout=300)
     assert out.stdout.strip().endswith("all held"), out.stderr[-3000:]
+
+# ---------------------------------------------------------------- inject_fisher, and sums in single precision
+
+def test_inject_fisher_refuses():
+    with pytest.raises(ValueError, match="scale: expected a number other than zero"): inject_fisher(Y, scale=0)
+    with pytest.raises(RuntimeError, match="cannot run under torch.func.vmap"):
+        torch.func.vmap(torch.func.grad(lambda y: inject_fisher(y).square().sum()))(torch.stack([Y, 2*Y]))
+
+@pytest.mark.parametrize("lam", ["auto", .1])
+def test_outputs_of_no_sample_in_float32(lam):
+    real = torch.ones_like(Y, dtype=torch.bool)
+    real[:, 2] = False
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        G = (Y*real).to(dtype)
+        b = Batch(G.sum(1), G, None, real.to(dtype))
+        found.append(Fisher(lam)(Fisher(lam).observe(b), G, real))
+    assert found[0].isfinite().all() and (found[0][:, 2] == 0).all()
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-4, atol=1e-6)

@@ -538,7 +538,7 @@ def _gains(p, steps=10):
     (a, b), = _halves(p.G[p.good], 1)
     plain, *taken = [sum(_taken(p, loss, *o, steps) for o in ((a, b), (b, a)))
                      for loss in losses]
-    return [o/plain if plain > 0 else 1. for o in taken]
+    return [max(0., o/plain) if plain > 0 else 1. for o in taken]
 
 def _ask_direction(p):
     G = p.G[p.good]

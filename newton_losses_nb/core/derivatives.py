@@ -68,8 +68,8 @@ def _products(G, y, V:Float[Tensor, "K N m"], keep:Callable=lambda v, P: P):
         except torch.cuda.OutOfMemoryError: raise
         except RuntimeError as e: raise ValueError(
             "loss_fn: expected a loss that can be differentiated twice, but autograd "
-            f"says: {str(e).splitlines()[0]}; use curvature='fisher', or do not "
-            "compile the loss") from e
+            f"says: {str(e).splitlines()[0]}; use curvature='fisher', or give a "
+            "compiled loss as it was before torch.compile") from e
 
 # %% ../../nbs/core/01_derivatives.ipynb #bf2f2138
 def derivatives(
@@ -119,7 +119,8 @@ def _check_independent(loss, G, y):
     off, size = (x.detach().abs().amax() for x in (Gv/v[:, None] - G, G))
     if off > 1e-3*size.clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
         "loss_fn: expected independent samples, but the loss of one depends on the "
-        "outputs of another (a mean, normalisation or ranking over the batch inside?)")
+        "outputs of another (a mean, normalisation or ranking over the batch inside?); "
+        "average outside the loss instead")
 
 # %% ../../nbs/core/01_derivatives.ipynb #45f4a354
 def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:

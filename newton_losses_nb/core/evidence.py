@@ -36,6 +36,8 @@ class Batch(NamedTuple):
         return self.G.new_full(self.G.shape[:-2], self.G.shape[-2])
 
 # %% ../../nbs/core/02_evidence.ipynb #3a42c69c
+def _at_least_tiny(x): return x.clamp_min(torch.finfo(x.dtype).tiny)
+
 class Evidence(NamedTuple):
     "Sums over samples"
     square: Float[Tensor, "*b m"]|None = None # Squared gradients
@@ -86,7 +88,7 @@ class Evidence(NamedTuple):
     @property
     def mean(self) -> Float[Tensor, "..."]:
         "Mean curvature, each entry over the samples that have it; of rows, of its root"
-        n = self.count.clamp_min(1e-300)             # a sum over none is zero
+        n = _at_least_tiny(self.count)               # a sum over none is zero
         if self.total is not None and self.total.ndim == n.ndim: return self.total/n
         n = n.sqrt().unsqueeze(-2)
         return self.rows/n if self.total is None else self.total/n/n.mT
@@ -95,14 +97,14 @@ class Evidence(NamedTuple):
     def mean_square(self) -> Float[Tensor, "*b"]:
         "Mean over outputs of the mean squared gradient"
         used = self.count.sign().sum(-1).clamp_min(1)
-        return (self.square/self.count.clamp_min(1e-300)).sum(-1)/used
+        return (self.square/_at_least_tiny(self.count)).sum(-1)/used
 
     @property
     def evenness(self) -> Float[Tensor, "*b"]:
         "(mean √length)² of the gradients over their root mean square, at most 1"
         N = self.samples.clamp_min(1)
         length = (self.square.sum(-1)/N).sqrt()
-        return (self.roots/N).square()/length.clamp_min(1e-300)
+        return (self.roots/N).square()/_at_least_tiny(length)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
