@@ -6,7 +6,6 @@
 __all__ = ['SPECTRA', 'number', 'choice', 'damping', 'spectrum', 'spectral_step', 'fisher_step']
 
 # %% ../../nbs/core/03_solves.ipynb #4a75def6
-from collections.abc import Callable
 from numbers import Real
 
 import torch

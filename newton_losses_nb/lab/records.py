@@ -8,7 +8,6 @@ __all__ = ['run_key', 'environment', 'append_run', 'read_runs', 'open_results', 
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
 import hashlib, json, math, os, platform, shutil, subprocess, sys, warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
