@@ -53,9 +53,10 @@ class Evidence(NamedTuple):
         "Sums for every direction, with `lengths` those of `evenness`, and `more`"
         squares = b.G.square()
         square = squares.sum(-2)
-        if lengths:                                  # a Fisher's spread, if no other
+        if lengths:
             own = squares.sum(-1)
-            more = dict(roots=own.pow(.25).sum(-1), spread=own.square().sum(-1)) | more
+            more["roots"] = own.pow(.25).sum(-1)
+            if "spread" not in more: more["spread"] = own.square().sum(-1)  # a Fisher's
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         count = torch.full_like(square, b.G.shape[-2])
         return cls(square, count, count[..., 0], **more)
@@ -94,10 +95,14 @@ class Evidence(NamedTuple):
         return self.rows/n if self.total is None else self.total/n/n.mT
 
     @property
+    def outputs(self) -> Float[Tensor, "*b"]:
+        "How many outputs some sample has"
+        return self.count.sign().sum(-1).clamp_min(1)
+
+    @property
     def mean_square(self) -> Float[Tensor, "*b"]:
         "Mean over outputs of the mean squared gradient"
-        used = self.count.sign().sum(-1).clamp_min(1)
-        return (self.square/_at_least_tiny(self.count)).sum(-1)/used
+        return (self.square/_at_least_tiny(self.count)).sum(-1)/self.outputs
 
     @property
     def evenness(self) -> Float[Tensor, "*b"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .derivatives import random_signs
 from .evidence import Evidence, Group
 from .newton import Damped
-from .solves import damping, number
+from .solves import auto_damping, damping, number
 
 # %% ../../nbs/core/06_large.ipynb #802ef610
 class _CGResult(NamedTuple):
@@ -105,10 +105,10 @@ class Krylov(Damped):
             size = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
             return damping(self.lam, s, size)
         if self.lam != "auto": return damping(self.lam, s)
-        m, size = (s.count > 0).sum(-1), s.total.square().sum(-1).mean(-1)
-        even = ((V*s.total).sum(-1).mean(-1).square()/size).minimum(m)
-        mu = (size/m).sqrt()/s.samples.clamp_min(1)
-        return damping("auto", s, known=(mu, size, even))
+        P = s.total/s.samples.clamp_min(1)[..., None, None]
+        size, trace = P.square().sum(-1).mean(-1), (V*P).sum(-1).mean(-1)
+        even = (trace.square()/s.outputs).minimum(size)
+        return auto_damping(s, (size/s.outputs).sqrt(), size, even)
 
     def forward(self, e, G, mask=None):
         start, N = 0, G.shape[-2]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .derivatives import NonFiniteError, check_outputs, derivatives
 from .derivatives import random_signs, sample_losses
 from .evidence import Batch, Evidence, Group, SingularError
-from .solves import SPECTRA, choice, damping, fisher_step, number
-from .solves import spectral_step, spectrum
+from .solves import SPECTRA, choice, damping, fisher_step, gram
+from .solves import number, spectral_step, spectrum
 
 # %% ../../nbs/core/04_newton.ipynb #01d46a3a
 class Direction(nn.Module):
@@ -78,7 +78,7 @@ class Damped(Direction):
 
     def forward(self, e, G, mask=None):
         found = self.spectrum(e)
-        lam, size = damping(self.lam, e, found[0], self.power)
+        lam, size = damping(self.lam, e, *found, self.power)
         if mask is None or self.diagonal: return size*self.solve(e, G, lam, found)
         return size*_by_pattern(self, e, G, mask, lam)
 
@@ -91,16 +91,16 @@ class Fisher(Damped):
 
     def observe(self, b): return Evidence.of(b, self.lam == "auto", rows=b.G)
 
+    def spectrum(self, e): return None, gram(e.mean) if self.lam == "auto" else None
     def solve(self, e, G, lam, found):
-        return fisher_step(e, G, lam, self.power, self.lam == "auto")
+        return fisher_step(e, G, lam, self.power, found[1])
 
     def quick(self, e, G, mask=None):
-        if type(self) is not Fisher or self.power != 1 or mask is not None:
-            return self(e, G, mask)
-        lam, size = damping(self.lam, e)
-        if self.lam != "auto":
-            lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
-        return size*fisher_step(e, G, lam, gram=True)
+        known = type(self) is Fisher and self.power == 1 and mask is None
+        if self.lam == "auto" or not known: return self(e, G, mask)
+        lam, _ = damping(self.lam, e)
+        lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
+        return fisher_step(e, G, lam, K=gram(e.mean))
 
 class Hessian(Damped):
     "(H + λI)^(-p) G with the mean Hessian H (paper, Definition 1)"
