@@ -200,6 +200,17 @@ def test_own_derivatives(name):
         error, case = max(errors(name, kind, dtype, by_class))
         assert error < 1, f"{kind}, {dtype}, {case}: {error:.1e} times what is allowed"
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_two_formulas_meet(dtype):
+    "The log of a Gaussian's tail has two formulas; torch's clamp has another slope at their border in torch 2.14 than before"
+    edge = {torch.float32: -10., torch.float64: -30.}[dtype]
+    slope = float(BETA*mp.npdf(edge)/mp.ncdf(edge))
+    first = lambda s: sorting_network(s, relaxation="gaussian", steepness=BETA, log=True)[0, 0, 0]
+    s = torch.tensor([[0., edge/BETA]], dtype=dtype)
+    y = s.clone().requires_grad_()
+    want = torch.tensor([[-slope, slope]], dtype=dtype)
+    for found in (torch.func.grad(first)(s), *torch.autograd.grad(first(y), y)): torch.testing.assert_close(found, want)
+
 @pytest.mark.parametrize("dtype, apart", [(torch.float32, 10.), (torch.float32, 1e3), (torch.float64, 1e4)])
 def test_a_pair(dtype, apart):
     "One pair in the wrong order: ℓ = −log Φ(−v) with v = 10 times the distance; its derivatives are known"
