@@ -39,7 +39,7 @@ def by_sums(kind, G, H):
     rho = (noise/sum((abs(x) - mu)**2 for x in e)).clamp(1e-6, 1 - 1e-6)
     lam = mu*rho/(1 - rho)
     if kind == "fisher": lam = lam.maximum(m*mu*(N**-.5 - 1/m))
-    else: lam = lam + (-e.min()).clamp_min(0)
+    else: lam = lam + 2*(-e.min()).clamp_min(0)
     D = torch.stack([torch.linalg.solve(C + lam*torch.eye(m).to(C), g) for g in G])
     lengths = G.norm(dim=1)
     even = lengths.sqrt().mean()**2/lengths.square().mean().sqrt()
@@ -185,3 +185,16 @@ def test_no_curvature_no_turn(direction):
         _, D = loss.directions(torch.zeros_like(G), G)
         even = 1 if unit else G.norm(dim=1).sqrt().mean()**2/G.norm(dim=1).square().mean().sqrt()
         assert_close(D, even*G)
+
+@pytest.mark.parametrize("fixed", (True, False))
+def test_negative_curvature_makes_no_long_step(fixed):
+    "A raw eigenvalue -a counts as a: no eigenvalue just above zero, and no step to a maximum"
+    torch.manual_seed(0)
+    saddle = lambda y: y[:, 0].square() - y[:, 1].square()/2 + (0 if fixed else y.pow(4).sum(1)/40)
+    y = torch.randn(64, 2, dtype=torch.float64)
+    G, D = (OutputLoss(saddle, d).directions(y)[1] for d in (Direction(), Hessian()))
+    assert D.norm() < 2*G.norm() and ((D*G).sum(1) > 0).all()
+    y = torch.full((16, 1), .2, dtype=torch.float64)
+    loss = NewtonLoss(lambda y: (y.square() - 1).square().sum(1)/4, "hessian")
+    for _ in range(200): y = y - .3*loss.directions(y)[1]
+    torch.testing.assert_close(y, torch.ones_like(y))

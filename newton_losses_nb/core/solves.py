@@ -52,7 +52,7 @@ def damping(
     if isinstance(lam, str):
         m, K = e.outputs, gram
         if eigenvalues is not None:
-            a, lift = eigenvalues.abs(), (-eigenvalues.amin(-1)).clamp_min(0)
+            a, lift = eigenvalues.abs(), -2*eigenvalues.amin(-1).clamp_max(0)
             mu, size = a.sum(-1)/m, a.square().sum(-1)
             return auto_damping(e, mu, size, m*mu*mu, power, lift=lift)
         mu, size = K.diagonal(dim1=-2, dim2=-1).sum(-1)/m, K.square().sum((-2, -1))
