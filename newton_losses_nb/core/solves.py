@@ -32,8 +32,16 @@ def choice(name:str, x, choices) -> str:
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {x!r}")
 
 # %% ../../nbs/core/03_solves.ipynb #d9936857
-def auto_damping(e:Evidence, mu, size, even, power=1., least=0, lift=0):
-    "λ, and a factor, from μ, ‖C‖² and the part mμ² of it"
+def auto_damping(
+    e:Evidence,               # Sums over the samples
+    mu:Float[Tensor, "*b"],   # Mean size μ of the eigenvalues
+    size:Float[Tensor, "*b"], # ‖C‖²
+    even:Float[Tensor, "*b"], # Its part mμ²
+    power:float=1.,           # Power of the direction
+    least=0.,                 # Least λ, in units of μ
+    lift=0.,                  # What is added to λ for negative eigenvalues
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
+    "λ by Ledoit and Wolf, and the factor that gives a direction its length"
     N = e.samples
     noise = (e.spread/N - size)/(N - 1)
     ratio = (noise/(size - even - noise).clamp_min(0)).nan_to_num(1e6).clamp(1e-6, 1e6)
@@ -101,8 +109,10 @@ def spectral_step(
     return D + rest.where(seen, 0)/lam.pow(power).unsqueeze(-2)
 
 # %% ../../nbs/core/03_solves.ipynb #b670f35d
-def gram(A:Float[Tensor, "*b M m"]) -> Float[Tensor, "*b k k"]:
-    "The smaller of AᵀA and AAᵀ"
+def gram(
+    A:Float[Tensor, "*b M m"] # Rows
+) -> Float[Tensor, "*b k k"]: # The smaller of AᵀA and AAᵀ
+    "Inner products of columns, or of rows if these are fewer"
     return A @ A.mT if A.shape[-2] < A.shape[-1] else A.mT @ A
 
 def _gram_step(K, e, G, lam):
