@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from ..core.solves import number
+
 # %% ../../nbs/paths/00_exact.ipynb #80072686
 def _slices(
     cost:Tensor,  # Costs, `(H, W, B)`, that of the start 0
@@ -264,6 +266,12 @@ def check_same_shape(name, x, other, y):
     if x.shape != y.shape: raise ValueError(
         f"{name}: expected the shape of {other}, {tuple(y.shape)}, "
         f"got {tuple(x.shape)}")
+
+def positive(name, x):
+    try: value = number(name, x)
+    except ValueError: value = 0
+    if value > 0: return value
+    raise ValueError(f"{name}: expected a positive number, got {x!r}")
 
 def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
