@@ -5,101 +5,25 @@
 # %% auto #0
 __all__ = ['TERRAINS', 'TERRAIN_VERSION', 'Maps', 'terrain_maps', 'cached_maps', 'warcraft', 'download_warcraft', 'load_maps']
 
-# %% ../../nbs/paths/04_terrain.ipynb #a98a487c
-import copy, hashlib, math, os, shutil, tarfile, tempfile, zlib
-from dataclasses import dataclass
+# %% ../../nbs/paths/04_terrain.ipynb #ec131472
+import contextlib, hashlib, math, os, shutil, tarfile, tempfile
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from ..core.solves import choice
 from ..lab.data import cache_dir as cache_folder, check_count, need
-from .exact import is_valid_path, path_cost, shortest_path
+from .exact import cost_optimality, path_cost, shortest_path
 
 # %% ../../nbs/paths/04_terrain.ipynb #7c3e9fd6
 TERRAINS = {name: float(np.float16(cost)) for name, cost in # Costs of the terrains
             dict(grass=.8, dirt=1.2, forest=5.3, water=7.7, rock=9.2).items()}
 _COSTS = torch.tensor(list(TERRAINS.values()), dtype=torch.float32)
-
-# %% ../../nbs/paths/04_terrain.ipynb #a01f9691
-@dataclass
-class Maps:
-    "Pictures of terrain, the cost of each tile, and the cheapest path"
-    images:UInt8[Tensor, "N 3 P P"] # Red, green and blue, 0 to 255
-    costs:Float[Tensor, "N H W"]    # Cost of each tile, float32
-    paths:Float[Tensor, "N H W"]    # 1 on the cheapest path, 0 elsewhere, float32
-    source:str                      # Where the maps come from, in words
-
-    def __post_init__(self):
-        _check_shapes(self.images, self.costs, self.paths)
-        _check_costs(self.costs)
-        _check_zero_one(self.paths)
-
-    def __len__(self): return len(self.images)
-    def __getitem__(self, index): return self._each(lambda x: x[_check_index(index)])
-
-    def to(self,
-        device:str|torch.device, # Where the tensors shall lie
-    ) -> 'Maps':                 # A copy on that device
-        "The same maps on another device"
-        return self._each(lambda x: x.to(device))
-
-    def _each(self, f):
-        new = copy.copy(self)
-        new.images, new.costs, new.paths = f(self.images), f(self.costs), f(self.paths)
-        return new
-
-# %% ../../nbs/paths/04_terrain.ipynb #0626c99a
-def _check_shapes(images, costs, paths,
-                  names=('Maps: images', 'Maps: costs', 'Maps: paths')):
-    "Raise a `ValueError` unless these are pictures, costs and paths of the same maps"
-    for name, x, kind in zip(names, (images, costs, paths),
-                             (torch.uint8, torch.float32, torch.float32)):
-        if x.dtype != kind: raise ValueError(f"{name} must be {kind}, got {x.dtype}")
-    picture, grid = tuple(images.shape), tuple(costs.shape)
-    if len(picture) != 4 or picture[1] != 3 or picture[2] != picture[3]:
-        raise ValueError(f"{names[0]} must have shape (N, 3, P, P), got {picture}")
-    if len(grid) != 3:
-        raise ValueError(f"{names[1]} must have shape (N, H, W), got {grid}")
-    if len(images) == 0: raise ValueError(f"{names[0]}: no maps")
-    if tuple(paths.shape) != grid:
-        raise ValueError(f"{names[2]} must have the shape of the costs, {grid}, got "
-                         f"{tuple(paths.shape)}")
-    if grid[0] != picture[0]:
-        raise ValueError(f"{names[0]}: {picture[0]:,} pictures but {grid[0]:,} cost "
-                         f"grids")
-    if 0 in grid or picture[2] % grid[1] or picture[2] % grid[2]:
-        raise ValueError(f"{names[0]}: {picture[2]} pixels cannot be cut into "
-                         f"{grid[1]} x {grid[2]} tiles")
-
-# %% ../../nbs/paths/04_terrain.ipynb #35ea3357
-def _refuse(name, bad, found):
-    "Raise a `ValueError` that names the first bad map, and what was found there"
-    if not bad.any(): return
-    i = bad.flatten(1).any(
-        1).long().argmax().item() if bad.ndim > 1 else bad.long().argmax().item()
-    raise ValueError(f"{name}: map {i}: {found(i)}")
-
-def _check_costs(costs, name='Maps: costs'):
-    good = (costs > 0) & costs.isfinite()
-    _refuse(name, ~good, lambda i: f"must be positive and finite, found "
-                                   f"{costs[i][~good[i]][0].item()}")
-
-def _check_zero_one(paths, name='Maps: paths'):
-    good = (paths == 0) | (paths == 1)
-    _refuse(name, ~good,
-            lambda i: f"must be 0 or 1, found {paths[i][~good[i]][0].item()}")
-
-def _check_index(index):
-    "A slice, or a list or tensor of indices; no number, since maps stay a batch"
-    if isinstance(index, slice): return index
-    which = torch.as_tensor(index) if isinstance(index,
-                                                 (list, np.ndarray, Tensor)) else None
-    if which is None or which.ndim != 1 or which.is_floating_point() and len(which):
-        raise ValueError(f"index: expected a slice or several indices, got {index!r}; "
-                         f"for one map [i:i+1]")
-    return which if len(which) else which.long()
 
 # %% ../../nbs/paths/04_terrain.ipynb #e9f9be18
 def _random_bytes(
@@ -225,29 +149,56 @@ def _paint(
         out[:, k] = np.clip(colour*light[:, k, None, None]//256, 0, 255)
     return out
 
+# %% ../../nbs/paths/04_terrain.ipynb #a01f9691
+@dataclass
+class Maps:
+    "Pictures of terrain, the cost of each tile, and the cheapest path"
+    images:UInt8[Tensor, "N 3 P P"] # Red, green and blue, 0 to 255
+    costs:Float[Tensor, "N H W"]    # Cost of each tile, float32
+    paths:Float[Tensor, "N H W"]    # 1 on the cheapest path, 0 elsewhere, float32
+    source:str                      # Where the maps come from, in words
+
+    def __post_init__(self): _check_maps(self.images, self.costs, self.paths)
+    def __len__(self): return len(self.images)
+    def __getitem__(self, index): return self._each(lambda x: x[index])
+
+    def to(self,
+        device:str|torch.device, # Where the tensors shall lie
+    ) -> 'Maps':                 # A copy on that device
+        "The same maps on another device"
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, f):
+        return replace(self, images=f(self.images), costs=f(self.costs),
+                       paths=f(self.paths))
+
+# %% ../../nbs/paths/04_terrain.ipynb #0626c99a
+def _check_maps(images, costs, paths, names=('images', 'costs', 'paths')):
+    "Raise a `ValueError` unless these are pictures, costs and paths of the same maps"
+    side, grid = images.shape[-1], tuple(costs.shape)
+    pictures = (images.dtype == torch.uint8 and images.ndim == 4 and len(images)
+                and images.shape[1:] == (3, side, side))
+    tiles = (costs.dtype == torch.float32 and len(grid) == 3 and len(images) == grid[0]
+             and all(n and side % n == 0 for n in grid[1:]))
+    same = paths.dtype == torch.float32 and paths.shape == costs.shape
+    wanted = ("uint8 pictures (N, 3, P, P)", "as many float32 grids (N, H, W) as "
+              f"pictures, that cut {side} pixels into tiles", f"float32 {grid}")
+    checks = zip(names, (images, costs, paths), wanted, (pictures, tiles, same))
+    for name, x, kind, good in checks:
+        if not good: raise ValueError(f"{name}: expected {kind}, got {x.dtype} "
+                                      f"{tuple(x.shape)}")
+
 # %% ../../nbs/paths/04_terrain.ipynb #8c9d6f9a
 TERRAIN_VERSION = 1 # Raised when the same seed would give another map
 
-def _source(size, seed, tile=8):
-    "Where generated maps come from, in words"
-    pixels = '' if tile == 8 else f", {tile} pixels a tile"
-    return (f"terrain (procedural, version {TERRAIN_VERSION}, size {size}, "
-            f"seed {seed}{pixels})")
+def _whole(name, value, least):
+    "An integer that is not too small; a float would not hold all seeds"
+    if isinstance(value, Integral) and least <= value < 2**63: return int(value)
+    raise ValueError(f"{name}: expected a whole number, at least {least} and below "
+                     f"2**63, got {value!r}")
 
-def _whole(name, value, low):
-    "An integer that is not too small"
-    if isinstance(value, Integral) and low <= value < 2**63: return int(value)
-    raise ValueError(f"{name} must be an integer at least {low} (and below 2**63), got "
-                     f"{value!r}")
-
-def _draw(
-    size:int,   # Tiles a side
-    seed:int,   # Seed of the data set
-    start:int,  # Number of the first map
-    n:int,      # How many maps
-    tile:int,   # Pixels a tile
-) -> tuple[np.ndarray, np.ndarray]: # Pictures `(n, 3, P, P)`, terrain `(n, size, size)`
-    "Draw maps"
+def _draw(size, seed, start, n, tile):
+    "Pictures `(n, 3, P, P)` and terrain `(n, size, size)` of some maps"
     side = size*tile
     kind = _classes(size, seed, start, n)
     raw = _random_bytes((5, side + 8, side + 8), seed, start, n, 1)
@@ -265,39 +216,14 @@ def terrain_maps(
     "Generate terrain maps"
     n, size, tile = _whole('n', n, 1), _whole('size', size, 2), _whole('tile', tile, 1)
     seed, start = _whole('seed', seed, 0), _whole('start', start, 0)
-    images = np.empty((n, 3, size*tile, size*tile), np.uint8)
-    kinds = np.empty((n, size, size), np.uint8)
     step = max(1, 8*144//size**2)
-    for i in range(0, n, step):
-        k = min(step, n - i)
-        images[i:i+k], kinds[i:i+k] = _draw(size, seed, start + i, k, tile)
-    costs = _COSTS[torch.from_numpy(kinds).long()]
-    return Maps(torch.from_numpy(images), costs, shortest_path(costs),
-                _source(size, seed, tile))
-
-# %% ../../nbs/paths/04_terrain.ipynb #fb9d82a6
-def _load_cached(file, source, shape):
-    "Maps from a cache file, or `None` if it is missing, damaged, or of other maps"
-    try:
-        with np.load(file, allow_pickle=False) as z:
-            maps = Maps(*(torch.from_numpy(z[k]) for k in ('images', 'costs', 'paths')),
-                        str(z['source']))
-        return maps if maps.source == source and maps.costs.shape == shape else None
-    except Exception: return None
-
-def _save_cached(file, maps):
-    "Write a cache file, whole or not at all; a read-only directory is no error"
-    tmp, arrays = None, {k: getattr(maps, k).numpy()
-                         for k in ('images', 'costs', 'paths')}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.tmp',
-                                         delete=False) as f:
-            tmp = f.name
-            np.savez(f, source=maps.source, **arrays)
-        os.replace(tmp, file)
-    except OSError:
-        if tmp is not None: Path(tmp).unlink(missing_ok=True)
+    some = [_draw(size, seed, start + i, min(step, n - i), tile)
+            for i in range(0, n, step)]
+    images, kinds = (torch.from_numpy(np.concatenate(o)) for o in zip(*some))
+    costs = _COSTS[kinds.long()]
+    pixels = '' if tile == 8 else f", {tile} pixels a tile"
+    return Maps(images, costs, shortest_path(costs), "terrain (procedural, version "
+                f"{TERRAIN_VERSION}, size {size}, seed {seed}{pixels})")
 
 # %% ../../nbs/paths/04_terrain.ipynb #efd76f27
 def cached_maps(
@@ -309,122 +235,76 @@ def cached_maps(
     least:int=100_000,            # Keep maps if they have this many tiles together
 ) -> Maps:  # The same as `terrain_maps(n, size, seed, start=start)`
     "Terrain maps, from a file if they were made before"
-    make = lambda: terrain_maps(n, size, seed, start=start)
-    if not all(isinstance(o, Integral)
-               for o in (n, size, seed, start)) or n*size*size < least: return make()
     name = f'terrain-v{TERRAIN_VERSION}-size-{size}-seed-{seed}-from-{start}-n-{n}.npz'
     file = cache_folder(cache_dir)/name
-    maps = _load_cached(file, _source(size, seed), (n, size, size))
-    if maps is None:
-        maps = make()
-        _save_cached(file, maps)
+    with contextlib.suppress(Exception), np.load(file) as z:
+        return Maps(*(torch.from_numpy(z[k]) for k in ('images', 'costs', 'paths')),
+                    str(z['source']))
+    maps = terrain_maps(n, size, seed, start=start)
+    if n*size*size < least: return maps
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as tmp:
+            np.savez(f'{tmp}/maps.npz', **vars(maps))
+            os.replace(f'{tmp}/maps.npz', file)
     return maps
 
 # %% ../../nbs/paths/04_terrain.ipynb #4a536d2a
-_KINDS = ('maps', 'shortest_paths', 'vertex_weights')
+_KINDS = ('maps', 'vertex_weights', 'shortest_paths')
 _PARTS = dict(train='train', valid='val', test='test')
-_FILES = tuple(f'{part}_{kind}.npy' for part in _PARTS.values() for kind in _KINDS)
+_FILES = tuple(f'{part}_{kind}.npy' for part in _PARTS.values()
+               for kind in sorted(_KINDS))
 
 def _find_folder(
     data_dir:str|Path, # Directory to look in
     size:int,          # Tiles a side, for the name of the folder
 ) -> Path:             # The folder that has the nine files
     "Find the official files in a directory or in its folders"
-    data_dir = Path(data_dir).expanduser()
-    if not data_dir.is_dir():
-        raise FileNotFoundError(f"data directory {data_dir} does not exist or is no "
-                                f"directory")
-    grid = f'{size}x{size}'
-    folders = [data_dir, data_dir/grid, data_dir/'warcraft_shortest_path_oneskin'/grid]
-    folder = next((f for f in folders if any((f/name).is_file() for name in _FILES)),
-                  None)
-    if folder is None:
-        raise FileNotFoundError(f"{data_dir}: expected {', '.join(_FILES)}, here or in "
-                                f"{grid} or in "
-                                f"warcraft_shortest_path_oneskin/{grid}, found none of "
-                                f"them")
-    missing = [name for name in _FILES if not (folder/name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder}: missing {', '.join(missing)} of the nine "
-                                f"official files")
-    return folder
+    top, grid = Path(data_dir).expanduser(), f'{size}x{size}'
+    places = top, top/grid, top/'warcraft_shortest_path_oneskin'/grid
+    missing = {o: [name for name in _FILES if not (o/name).is_file()] for o in places}
+    folder = min(places, key=lambda o: len(missing[o]))
+    if not missing[folder]: return folder
+    raise FileNotFoundError(
+        f"data_dir: expected {', '.join(_FILES)} in {top}, or in {grid} or "
+        f"warcraft_shortest_path_oneskin/{grid} there, got no "
+        f"{', '.join(missing[folder])}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #85f98e92
 def _read_npy(
     file:Path,       # A `.npy` file
-) -> np.ndarray:     # Its array; numbers are read when they are used
-    "Open a NumPy file, without running code that it might hold"
-    try: x = np.load(file, mmap_mode='r', allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as e:
-        raise ValueError(f"{file}: not a readable .npy file ({e})") from e
-    if not isinstance(x, np.ndarray):
-        raise ValueError(f"{file}: expected one array (.npy), found an archive")
-    return x
+    dtype=None,      # Type of its numbers; None: as stored
+) -> Tensor:         # Its array
+    "Read a NumPy file, without running code that it might hold"
+    try: return torch.from_numpy(np.array(np.load(file, allow_pickle=False), dtype))
+    except Exception as e: raise ValueError(
+        f"{file}: expected an array of numbers (.npy), got {type(e).__name__}: {e}"
+        ) from e
 
-# %% ../../nbs/paths/04_terrain.ipynb #bb6dbbf9
-def _check_labels(
-    costs:Float[Tensor, "N H W"], # Costs of the tiles
-    paths:Float[Tensor, "N H W"], # Labels, 0 or 1
-    name:str,  # Name of the file of the labels, for the error messages
-    rel:float=1e-3,               # Accepted excess, as a fraction of the smallest cost
-):
-    "Raise a `ValueError` unless each label is a cheapest path"
-    corners = (paths[:, 0, 0] == 1) & (paths[:, -1, -1] == 1)
-    _refuse(name, ~corners,
-            lambda i: "the path must hold the top left and the bottom right tile")
-    exact = shortest_path(costs)
-    bad = (paths != exact).flatten(1).any(1)
-    bad[bad.clone()] = ~is_valid_path(paths[bad])
-    _refuse(name, bad, lambda i: "the tiles are no path from corner to corner")
-    found, best = path_cost(costs, paths), path_cost(costs, exact)
-    _refuse(name, found > best*(1 + rel),
-            lambda i: f"the path costs {found[i].item():.4f}, the cheapest one "
-                      f"{best[i].item():.4f}")
+def _refuse(name, x, good, wanted):
+    "Raise a `ValueError` that names the first bad map, and the number found there"
+    if good.all(): return
+    i, found = int((~good).nonzero()[0, 0]), x[~good][0].item()
+    raise ValueError(f"{name}: expected {wanted}, got {found:.6g} on map {i}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #410d705f
 def _read_part(
     folder:Path,    # Folder with the official files
     part:str,       # 'train', 'val' or 'test'
-    source:str='',  # Where the maps come from, in words
+    source:str,     # Where the maps come from, in words
 ) -> Maps:          # The maps, checked
     "Read and check the three files of one part"
-    files = [folder/f'{part}_{kind}.npy' for kind in _KINDS]
-    images, paths, costs = (_read_npy(file) for file in files)
-    _check_arrays(files, images, paths, costs)
-    images = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order='C'))
-    paths, wide = (torch.from_numpy(x.astype(t))
-                   for x, t in ((paths, np.float32), (costs, np.float64)))
-    names = [str(file) for file in files]
-    _check_costs(wide, names[2])
-    _check_half(wide, names[2])
-    costs = wide.float()
-    _check_zero_one(paths, names[1])
-    _check_shapes(images, costs, paths, (names[0], names[2], names[1]))
-    _check_labels(costs, paths, names[1])
+    names = [f'{folder/part}_{kind}.npy' for kind in _KINDS]
+    images = _read_npy(names[0]).movedim(-1, 1).contiguous()
+    costs, paths = _read_npy(names[1], np.float64), _read_npy(names[2], np.float32)
+    half = costs == costs.half().double()
+    _refuse(names[1], costs, half & costs.isfinite() & (costs > 0),
+            "positive numbers of half precision (float16)")
+    _refuse(names[2], paths, (paths == 0) | (paths == 1), "0 or 1")
+    _check_maps(images, costs := costs.float(), paths, names)
+    _refuse(names[2], path_cost(costs, paths), cost_optimality(costs, paths),
+            "cheapest paths from corner to corner, but for their cost")
     return Maps(images, costs, paths, source)
-
-# %% ../../nbs/paths/04_terrain.ipynb #b5caac73
-def _check_arrays(files, images, paths, costs):
-    "Raise a `ValueError` unless shapes and types of the arrays are the official ones"
-    arrays, shapes = (images, paths, costs), ('N, P, P, 3', 'N, H, W', 'N, H, W')
-    for file, x, shape, (wanted, kinds) in zip(files, arrays, shapes, _TYPES):
-        if x.dtype.kind not in kinds or (wanted == 'uint8' and x.dtype != np.uint8):
-            raise ValueError(f"{file}: expected {wanted}, got {x.dtype}")
-        picture = x.ndim == 4 and x.shape[3] == 3 and x.shape[1] == x.shape[2]
-        if not (picture if x is images else x.ndim == 3):
-            raise ValueError(f"{file}: expected shape ({shape}), got {x.shape}")
-    if not len(images) == len(paths) == len(costs):
-        counts = ', '.join(f"{file.name} has {len(x):,}"
-                           for file, x in zip(files, (images, paths, costs)))
-        raise ValueError(f"{files[0].parent}: the files of one part must have as many "
-                         f"maps: {counts}")
-
-_TYPES = ('uint8', 'u'), ('numbers 0 and 1', 'biuf'), ('float16', 'f')
-
-def _check_half(costs, name):
-    good = costs == costs.half().double()
-    _refuse(name, ~good, lambda i: f"{costs[i][~good[i]][0].item()} is no number of "
-                                   f"half precision (float16)")
 
 # %% ../../nbs/paths/04_terrain.ipynb #19ec6c19
 def warcraft(
@@ -432,94 +312,61 @@ def warcraft(
     size:int=12,        # Tiles a side, for the name of the folder to look in
 ) -> dict[str, Maps]:   # 'train', 'valid' and 'test'
     "Read the official Warcraft files, and check them"
-    folder = _find_folder(data_dir, size)
-    parts = {name: _read_part(folder, part) for name, part in _PARTS.items()}
-    shapes = {name: (tuple(m.images.shape[1:]), tuple(m.costs.shape[1:]))
-              for name, m in parts.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{folder}: maps of different sizes: {shapes}")
-    grid, mark = 'x'.join(map(str,
-                              parts['train'].costs.shape[1:])), _fingerprint(folder)
-    for m in parts.values():
-        m.source = f"warcraft (official files, {grid}, sha256 {mark})"
-    return parts
-
-def _fingerprint(folder):
-    "Hash of the contents of the nine files"
-    mark = hashlib.sha256()
-    for name in _FILES:
-        with open(folder/name, 'rb') as f:
-            while block := f.read(2**20): mark.update(block)
-    return mark.hexdigest()[:12]
-
-# %% ../../nbs/paths/04_terrain.ipynb #f0ce0d24
-_ARCHIVE_URL = 'https://edmond.mpg.de/api/access/datafile/102059'
-_ARCHIVE_HASH = 'md5:acea5ea60a47664ff189923a84814e96'
-
-def _fetch_archive(top, progress, url, known):
-    "The archive, downloaded with pooch unless it is there; or an error with the remedy"
-    pooch = need('pooch')
-    get = pooch.HTTPDownloader(progressbar=progress, timeout=30)
-    try:
-        return Path(pooch.retrieve(url, known, 'warcraft_maps.tar.gz', top,
-                                   downloader=get))
-    except (OSError, ValueError) as e:
-        raise ConnectionError(f"could not download the Warcraft maps from {url} "
-                              f"({type(e).__name__}: {e}). "
-                              "If you have the official files, name their directory "
-                              "with --data-dir "
-                              "(data_dir=...)") from e
+    folder, mark = _find_folder(data_dir, size), hashlib.sha256()
+    for name in _FILES: mark.update((folder/name).read_bytes())
+    parts = {name: _read_part(folder, part, '') for name, part in _PARTS.items()}
+    shapes = {tuple(m.costs.shape[1:]) for m in parts.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"{folder}: expected maps of one size, got {shapes}")
+    grid = 'x'.join(map(str, shapes.pop()))
+    source = f"warcraft (official files, {grid}, sha256 {mark.hexdigest()[:12]})"
+    return {name: replace(m, source=source) for name, m in parts.items()}
 
 # %% ../../nbs/paths/04_terrain.ipynb #4292ffdc
 def _extract(
     archive:Path, # A tar archive
-    grid:str,     # Name of the folder in it, for example '12x12'
-    folder:Path,  # Where the nine files shall lie; it may be there or not
+    folder:Path,  # Where the nine files shall lie; in the archive it has the same name
 ):
     "Take the nine files out of the archive: all of them or none"
-    with tempfile.TemporaryDirectory(dir=archive.parent) as tmp, tarfile.open(
-        archive) as tar:
-        found, home = {}, None
-        for member in tar:
-            place, _, name = member.name.rpartition('/')
-            if place.split('/')[
-                -1] != grid or name not in _FILES or not member.isfile():
-                continue
-            if name in found or place != (home or place): continue
-            found[name], home = Path(tmp)/name, place
-            with tar.extractfile(member) as f, open(found[name], 'wb') as to:
-                shutil.copyfileobj(f, to, 2**20)
-            if len(found) == len(_FILES): break
-        missing = [name for name in _FILES if name not in found]
-        if missing:
-            raise ValueError(f"{archive}: no {', '.join(missing)} in a folder {grid}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, file in found.items(): os.replace(file, folder/name)
+    missing = {f'{folder.name}/{name}': name for name in _FILES}
+    with tempfile.TemporaryDirectory(dir=archive.parent) as tmp:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                place = '/'.join(member.name.split('/')[-2:])
+                if place not in missing or not member.isfile(): continue
+                with open(f'{tmp}/{missing.pop(place)}', 'wb') as to:
+                    shutil.copyfileobj(tar.extractfile(member), to)
+                if not missing: break
+        if missing: raise ValueError(
+            f"{archive}: expected the nine files of a size, got no {', '.join(missing)}")
+        folder.mkdir(exist_ok=True)
+        for name in _FILES: os.replace(f'{tmp}/{name}', folder/name)
 
 # %% ../../nbs/paths/04_terrain.ipynb #7166a9ec
+_ARCHIVE = dict(url='https://edmond.mpg.de/api/access/datafile/102059',
+                known_hash='md5:acea5ea60a47664ff189923a84814e96')
+
 def download_warcraft(
     cache_dir:str|Path|None=None, # Where files are kept; default: the system's cache
     size:int=12,                  # Tiles a side: 12, 18, 24 or 30
     progress:bool=True,           # Show a progress bar?
-    _url:str=_ARCHIVE_URL,        # Address of the archive
-    _hash:str=_ARCHIVE_HASH,      # Its known hash
+    _archive:dict=_ARCHIVE,       # Address and known hash of the archive
 ) -> Path:                        # The folder for `warcraft`
     "Download the official maps of one size, unless they are there"
     if size not in (12, 18, 24, 30):
-        raise ValueError(f"size: official maps have 12, 18, 24 or 30 tiles a side, got "
-                         f"{size!r}")
-    top = cache_folder(cache_dir)/'warcraft'
-    folder = top/f'{size}x{size}'
+        raise ValueError(f"size: expected 12, 18, 24 or 30 tiles a side, got {size!r}")
+    folder = cache_folder(cache_dir)/'warcraft'/f'{size}x{size}'
     if all((folder/name).is_file() for name in _FILES): return folder
-    try: top.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise OSError(
-            f"cache directory {top} cannot be made ({e}); choose another") from e
-    archive = _fetch_archive(top, progress, _url, _hash)
-    try: _extract(archive, folder.name, folder)
-    except (tarfile.TarError, EOFError, zlib.error) as e:
-        raise ValueError(f"{archive}: not a readable tar archive ({e})") from e
-    archive.unlink(missing_ok=True)
+    pooch = need('pooch')
+    get = pooch.HTTPDownloader(progressbar=progress, timeout=30)
+    try: archive = pooch.retrieve(**_archive, fname='warcraft_maps.tar.gz',
+                                  path=folder.parent, downloader=get)
+    except (OSError, ValueError) as e: raise ConnectionError(
+        f"could not download the Warcraft maps from {_archive['url']} "
+        f"({type(e).__name__}: {e}). If you have the official files, name their "
+        "directory with --data-dir (data_dir=...)") from e
+    _extract(Path(archive), folder)
+    Path(archive).unlink()
     return folder
 
 # %% ../../nbs/paths/04_terrain.ipynb #67a3849b
@@ -534,23 +381,14 @@ def load_maps(
     cache_dir:str|Path|None=None, # Where maps are kept; default: the system's cache
 ) -> dict[str, Maps]:  # 'train', 'valid' and 'test', which have no map in common
     "Load maps to train on, to choose by, and to report"
+    choice('data', data, ('terrain', 'warcraft'))
     counts = dict(train=train, valid=valid, test=test)
+    official = data == 'warcraft' or data_dir is not None
     for name, n in counts.items():
-        if n is not None: check_count(name, n)
-    if data_dir is None and data == 'terrain':
-        return _load_terrain(counts, size, seed, cache_dir)
-    if data_dir is None and data != 'warcraft':
-        raise ValueError(f"unknown data {data!r}, expected 'terrain' or 'warcraft' (or "
-                         f"give data_dir)")
-    folder = download_warcraft(cache_dir, size) if data_dir is None else data_dir
-    return {name: m[:counts[name]] for name, m in warcraft(folder, size).items()}
-
-_STARTS = dict(train=0, valid=2**40, test=2**41)
-
-def _load_terrain(counts, size, seed, cache_dir):
-    "Generated maps for the three parts"
-    for name, n in counts.items():
-        if n is None:
-            raise ValueError(f"{name} must be a number for generated maps, got None")
-    return {name: cached_maps(n, size, seed, _STARTS[name], cache_dir)
+        if n is not None or not official: check_count(name, n)
+    if official:
+        folder = data_dir or download_warcraft(cache_dir, size)
+        return {name: m[:counts[name]] for name, m in warcraft(folder, size).items()}
+    starts = dict(train=0, valid=2**40, test=2**41)
+    return {name: cached_maps(n, size, seed, starts[name], cache_dir)
             for name, n in counts.items()}
