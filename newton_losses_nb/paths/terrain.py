@@ -26,14 +26,8 @@ TERRAINS = {name: float(np.float16(cost)) for name, cost in # Costs of the terra
 _COSTS = torch.tensor(list(TERRAINS.values()), dtype=torch.float32)
 
 # %% ../../nbs/paths/04_terrain.ipynb #e9f9be18
-def _random_bytes(
-    shape:tuple,  # Shape for one map
-    seed:int,     # Seed of the data set
-    start:int,    # Number of the first map
-    n:int,        # How many maps
-    part:int,     # Which stream of a map
-) -> np.ndarray:  # Bytes, `(n, *shape)`
-    "Random bytes that depend on seed, number of the map and part only"
+def _random_bytes(shape, seed, start, n, part) -> np.ndarray:
+    "Bytes `(n, *shape)` that depend on seed, number of the map and part only"
     size = math.prod(shape)
     keys = [np.array([seed, i], dtype=np.uint64) for i in range(start, start + n)]
     words = [np.random.Philox(key=k, counter=[0, 0, 0, part]).random_raw(-(-size//8))
@@ -41,12 +35,8 @@ def _random_bytes(
     return np.stack(words).astype('<u8').view(np.uint8)[:, :size].reshape(n, *shape)
 
 # %% ../../nbs/paths/04_terrain.ipynb #84e194e2
-def _noise(
-    raw:np.ndarray, # Random bytes, `(..., h + rows, w + cols)`
-    rows:int,       # How often neighbouring rows are added: smooth from top to bottom
-    cols:int,       # The same for columns: smooth from left to right
-) -> np.ndarray:    # Integers with standard deviation 64, `(..., h, w)`
-    "Smooth random field"
+def _noise(raw, rows, cols) -> np.ndarray:
+    "Smooth field of integers from bytes, added to neighbours down and across"
     x = raw.astype(np.int32) - 128
     for _ in range(rows): x = x[..., 1:, :] + x[..., :-1, :]
     for _ in range(cols): x = x[..., 1:] + x[..., :-1]
@@ -54,13 +44,8 @@ def _noise(
         math.sqrt(math.comb(2*rows, rows)*math.comb(2*cols, cols)*(256**2 - 1)/12))
 
 # %% ../../nbs/paths/04_terrain.ipynb #eca8893a
-def _classes(
-    size:int,    # Tiles a side
-    seed:int,    # Seed of the data set
-    start:int,   # Number of the first map
-    n:int,       # How many maps
-) -> np.ndarray: # 0 to 4 in the order of `TERRAINS`, `(n, size, size)`
-    "Kind of terrain of each tile"
+def _classes(size, seed, start, n) -> np.ndarray:
+    "Terrain of each tile, 0 to 4 in the order of `TERRAINS`, `(n, size, size)`"
     raw = _random_bytes((3, size + 6, size + 6), seed, start, n, 0)
     height, moist = np.moveaxis(_noise(raw[:, :2, 2:, 2:], 4, 4), 1, 0)
     brook = np.abs(_noise(raw[:, 2], 6, 6)) < 6
@@ -69,12 +54,8 @@ def _classes(
     return np.where((height < -96) | brook, 3, kind).astype(np.uint8)
 
 # %% ../../nbs/paths/04_terrain.ipynb #2702d123
-def _ragged(
-    kind:np.ndarray, # Terrain of the tiles, `(n, size, size)`
-    raw:np.ndarray,  # Random bytes, `(n, 2, P + 5, P + 5)` with `P = size*tile`
-    tile:int,        # Pixels a tile
-) -> np.ndarray:     # Terrain of the pixels, `(n, P, P)`
-    "Terrain of each pixel, with ragged borders"
+def _ragged(kind, raw, tile) -> np.ndarray:
+    "Terrain of each pixel, `(n, P, P)`, from bytes `(n, 2, P + 5, P + 5)`"
     n, size, _ = kind.shape
     i, most = np.arange(size*tile, dtype=np.int32), 3*tile//8
     shift = np.clip(_noise(raw, 5, 5)*most//80, -most, most)
@@ -83,11 +64,8 @@ def _ragged(
     return kind.reshape(-1)[y*size + x + np.arange(n)[:, None, None]*size**2]
 
 # %% ../../nbs/paths/04_terrain.ipynb #2cbf281a
-def _textures(
-    pixels:np.ndarray, # Terrain of the pixels, `(n, P, P)`
-    raw:np.ndarray,    # Random bytes, `(n, 3, P + 8, P + 8)`
-) -> np.ndarray:       # Brightness to add, `(n, P, P)`
-    "Texture of the terrain"
+def _textures(pixels, raw) -> np.ndarray:
+    "Brightness to add to pixels, `(n, P, P)`, from bytes `(n, 3, P + 8, P + 8)`"
     cut = lambda x: x[..., :pixels.shape[1], :pixels.shape[2]]
     relief = lambda x: x[..., 1:, 1:] - x[..., :-1, :-1]
     grain, blades = cut(_noise(raw[:, 0], 0, 0)), cut(_noise(raw[:, 0], 3, 0))
@@ -103,11 +81,8 @@ def _textures(
     return out
 
 # %% ../../nbs/paths/04_terrain.ipynb #286437c7
-def _stretch(
-    field:np.ndarray, # Values at the corners of the tiles, `(..., size + 1, size + 1)`
-    tile:int,         # Pixels a tile
-) -> np.ndarray:      # Values at the pixels, `(..., size*tile, size*tile)`
-    "Linear interpolation between the corners"
+def _stretch(field, tile) -> np.ndarray:
+    "Values at the pixels, by linear interpolation between corners of the tiles"
     far = np.arange(tile, dtype=np.int32)
     for _ in range(2):
         x = field[..., :-1, None]*(tile - far) + field[..., 1:, None]*far
@@ -117,25 +92,15 @@ def _stretch(
 _PALETTE = np.array([[94, 130, 56], [134, 112, 68], [66, 98, 46], [58, 92, 104],
                      [118, 112, 98]], np.int32)
 
-def _colours(
-    seed:int,   # Seed of the data set
-    start:int,  # Number of the first map
-    n:int,      # How many maps
-) -> tuple[np.ndarray, np.ndarray]: # Colours `(n, 5, 3)`, light `(n, 3)`; 256: normal
-    "The colours of a map, and its light"
+def _colours(seed, start, n) -> tuple[np.ndarray, np.ndarray]:
+    "Colours `(n, 5, 3)` of each map, and its light `(n, 3)`; 256 is normal"
     x = _random_bytes((24,), seed, start, n, 2).astype(np.int32) - 128
     palette = _PALETTE + (16*x[:, :5, None] + 9*x[:, 5:20].reshape(n, 5, 3))//128
     return palette, 256 + (80*x[:, 20:21] + 18*x[:, 21:])//128
 
 # %% ../../nbs/paths/04_terrain.ipynb #6caaa854
-def _paint(
-    pixels:np.ndarray, # Terrain of the pixels, `(n, P, P)`
-    shade:np.ndarray,  # Texture, `(n, P, P)`; overwritten
-    seed:int,          # Seed of the data set
-    start:int,         # Number of the first map
-    tile:int,          # Pixels a tile
-) -> np.ndarray:       # Red, green and blue, `(n, 3, P, P)` bytes
-    "Put colour on the textures"
+def _paint(pixels, shade, seed, start, tile) -> np.ndarray:
+    "Put colour on the textures: `(n, 3, P, P)` bytes; overwrites `shade`"
     n, side = len(pixels), pixels.shape[1]//tile + 5
     palette, light = _colours(seed, start, n)
     fields = _stretch(_noise(_random_bytes((2, side, side), seed, start, n, 3), 4, 4),
@@ -255,11 +220,8 @@ _PARTS = dict(train='train', valid='val', test='test')
 _FILES = tuple(f'{part}_{kind}.npy' for part in _PARTS.values()
                for kind in sorted(_KINDS))
 
-def _find_folder(
-    data_dir:str|Path, # Directory to look in
-    size:int,          # Tiles a side, for the name of the folder
-) -> Path:             # The folder that has the nine files
-    "Find the official files in a directory or in its folders"
+def _find_folder(data_dir, size) -> Path:
+    "The folder with the nine official files, in a directory or in its folders"
     top, grid = Path(data_dir).expanduser(), f'{size}x{size}'
     places = top, top/grid, top/'warcraft_shortest_path_oneskin'/grid
     missing = {o: [name for name in _FILES if not (o/name).is_file()] for o in places}
@@ -271,10 +233,7 @@ def _find_folder(
         f"{', '.join(missing[folder])}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #85f98e92
-def _read_npy(
-    file:Path,       # A `.npy` file
-    dtype=None,      # Type of its numbers; None: as stored
-) -> Tensor:         # Its array
+def _read_npy(file, dtype=None) -> Tensor:
     "Read a NumPy file, without running code that it might hold"
     try: return torch.from_numpy(np.array(np.load(file, allow_pickle=False), dtype))
     except Exception as e: raise ValueError(
@@ -288,11 +247,7 @@ def _refuse(name, x, good, wanted):
     raise ValueError(f"{name}: expected {wanted}, got {found:.6g} on map {i}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #410d705f
-def _read_part(
-    folder:Path,    # Folder with the official files
-    part:str,       # 'train', 'val' or 'test'
-    source:str,     # Where the maps come from, in words
-) -> Maps:          # The maps, checked
+def _read_part(folder, part, source) -> Maps:
     "Read and check the three files of one part"
     names = [f'{folder/part}_{kind}.npy' for kind in _KINDS]
     images = _read_npy(names[0]).movedim(-1, 1).contiguous()
@@ -323,10 +278,7 @@ def warcraft(
     return {name: replace(m, source=source) for name, m in parts.items()}
 
 # %% ../../nbs/paths/04_terrain.ipynb #4292ffdc
-def _extract(
-    archive:Path, # A tar archive
-    folder:Path,  # Where the nine files shall lie; in the archive it has the same name
-):
+def _extract(archive, folder):
     "Take the nine files out of the archive: all of them or none"
     missing = {f'{folder.name}/{name}': name for name in _FILES}
     with tempfile.TemporaryDirectory(dir=archive.parent) as tmp:
@@ -338,7 +290,7 @@ def _extract(
                     shutil.copyfileobj(tar.extractfile(member), to)
                 if not missing: break
         if missing: raise ValueError(
-            f"{archive}: expected the nine files of a size, got no {', '.join(missing)}")
+            f"{archive}: expected the nine files, got no {', '.join(missing)}")
         folder.mkdir(exist_ok=True)
         for name in _FILES: os.replace(f'{tmp}/{name}', folder/name)
 
