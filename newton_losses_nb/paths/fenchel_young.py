@@ -73,7 +73,7 @@ class Noise(AsCode):
         object.__setattr__(self, "samples", _samples(self))
 
     @property
-    def kind(self): return DISTRIBUTIONS[self.distribution]
+    def kind(self) -> Distribution: return DISTRIBUTIONS[self.distribution]
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #3163470a
 def _samples(o):
