@@ -12,6 +12,7 @@ from .sorting.losses import (
     SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation)
 from .paths.exact import shortest_path
 from .paths.relaxed import relaxed_bellman_ford
-from .paths.smoothing import FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss
+from .paths.fenchel_young import FenchelYoungLoss, Noise
+from .paths.smoothing import SmoothedAlgorithmLoss, SmoothedLoss
 
 __all__ = [name for name in dir() if name[0] != "_" and name not in ("core", "paths", "sorting")]

@@ -10,7 +10,8 @@ from newton_losses_nb import (
     Clip, DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss,
     PerSample, Remembering, SortingLoss, Whiten, Window, check_loss, inject_fisher, shortest_path)
 from newton_losses_nb.core.evidence import Batch
-from newton_losses_nb.paths.smoothing import BlackboxLoss, Noise
+from newton_losses_nb.paths.fenchel_young import Noise
+from newton_losses_nb.paths.smoothing import BlackboxLoss
 
 Y, T = data(6, 4, 90)[0], torch.arange(6) % 4
 DIRECTIONS = {"fisher": Fisher, "fisher .1": lambda: Fisher(.1), "hessian": Hessian,

@@ -21,7 +21,7 @@ def python(code): return subprocess.run([sys.executable, "-c", code], capture_ou
 
 @pytest.mark.parametrize("module", ["", ".core.derivatives", ".core.evidence", ".core.solves", ".core.newton", ".core.memory", ".core.large",
                                     ".core.check", ".core.adapters", ".sorting.relaxations", ".sorting.networks", ".sorting.losses", ".sorting.more",
-                                    ".paths.exact", ".paths.relaxed", ".paths.smoothing", ".lab.cli"])
+                                    ".paths.exact", ".paths.relaxed", ".paths.fenchel_young", ".paths.smoothing", ".lab.cli"])
 def test_light_import(module):
     out = python(f"import newton_losses_nb{module}, sys; print([m for m in {HEAVY} if m in sys.modules])")
     assert out.returncode == 0, out.stderr

@@ -9,18 +9,15 @@ import torch
 from torch.testing import assert_close
 
 from newton_losses_nb.paths.exact import shortest_path
-from newton_losses_nb.paths.smoothing import (
-    BlackboxLoss, FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss, blackbox, draw_noise,
-    fenchel_young_loss, smoothed_algorithm, smoothed_loss)
+from newton_losses_nb.paths.fenchel_young import FenchelYoungLoss, Noise, draw_noise
+from newton_losses_nb.paths.smoothing import BlackboxLoss, SmoothedAlgorithmLoss, SmoothedLoss, blackbox, smoothed_algorithm
 
 def solver(c): return shortest_path(c.clamp(min=1e-3).unflatten(-1, (3, 3))).flatten(-2)
 def different(c, w): return (solver(c) - w).abs().sum(-1)
 def square(a, w): return (a - w).square().sum(-1)
 
 LOSSES = {
-    "smoothed_loss": lambda noise: lambda y, w: smoothed_loss(different, y, noise, (w,)),
     "smoothed_algorithm": lambda noise: lambda y, w: square(smoothed_algorithm(solver, y, noise), w),
-    "fenchel_young_loss": lambda noise: lambda y, w: fenchel_young_loss(solver, y, w, noise, floor=1e-3),
     "SmoothedLoss": lambda noise: SmoothedLoss(different, noise),
     "SmoothedAlgorithmLoss": lambda noise: SmoothedAlgorithmLoss(solver, square, noise),
     "FenchelYoungLoss": lambda noise: FenchelYoungLoss(solver, noise, floor=1e-3),
@@ -87,7 +84,7 @@ def test_noise():
     with pytest.raises(dataclasses.FrozenInstanceError): noise.sigma = 1.
     with pytest.raises(ValueError, match="samples: expected 3, as many as fixed has"): Noise(samples=4, fixed=torch.zeros(3, 2))
     with pytest.raises(TypeError, match="noise: expected Noise"): FenchelYoungLoss(solver, 10)
-    with pytest.raises(TypeError, match="noise: expected Noise"): smoothed_loss(different, torch.zeros(1, 9), 10)
+    with pytest.raises(TypeError, match="noise: expected Noise"): smoothed_algorithm(different, torch.zeros(1, 9), 10)
     assert repr(SmoothedLoss(different, Noise(0.5))) == "SmoothedLoss(loss_of_algorithm=different, noise=Noise(sigma=0.5))"
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -97,9 +94,7 @@ def test_nan_gives_nan(name):
     y, w = torch.zeros(3, 4), torch.zeros(3, 4)
     y[1] = 100
     noise = Noise(0.1, 4)
-    f = {"smoothed_loss": lambda: lambda y, w: smoothed_loss(bad, y, noise, (w,)),
-         "smoothed_algorithm": lambda: lambda y, w: square(smoothed_algorithm(bad, y, noise), w),
-         "fenchel_young_loss": lambda: lambda y, w: fenchel_young_loss(bad, y, w, noise),
+    f = {"smoothed_algorithm": lambda: lambda y, w: square(smoothed_algorithm(bad, y, noise), w),
          "SmoothedLoss": lambda: SmoothedLoss(bad, noise), "FenchelYoungLoss": lambda: FenchelYoungLoss(bad, noise),
          "SmoothedAlgorithmLoss": lambda: SmoothedAlgorithmLoss(bad, square, noise)}[name]()
     assert f(y, w).isnan().tolist() == [False, True, False]
@@ -109,21 +104,21 @@ def test_nan_gives_nan(name):
 def test_first_mistakes(data):
     y, w = data[0][0], data[1][0]
     with pytest.raises(TypeError, match=r"got numpy.ndarray: return torch.as_tensor\(...\)"): smoothed_algorithm(lambda c: c.numpy(), y)
-    with pytest.raises(TypeError, match="solver: expected a torch tensor, got numpy.ndarray"): fenchel_young_loss(lambda c: c.numpy(), y, w)
+    with pytest.raises(TypeError, match="solver: expected a torch tensor, got numpy.ndarray"): FenchelYoungLoss(lambda c: c.numpy())(y, w)
     with pytest.raises(TypeError, match="solver: expected a torch tensor, got numpy.ndarray"): blackbox(lambda c: c.numpy(), y)
     with pytest.raises(ValueError, match=r"called once, with all N·S = 50 rows, shape \(50, 9\)"): smoothed_algorithm(lambda c: c.sum(), y)
-    with pytest.raises(ValueError, match="solver: expected solutions in the shape of the costs"): fenchel_young_loss(lambda c: c.sum(1), y, w)
+    with pytest.raises(ValueError, match="solver: expected solutions in the shape of the costs"): FenchelYoungLoss(lambda c: c.sum(1))(y, w)
     with pytest.raises(IndexError) as e: smoothed_algorithm(lambda c: c[0, 0, 0], y)
     if sys.version_info >= (3, 11): assert "called once, with all N·S = 50 rows" in e.value.__notes__[0]
     with pytest.raises(ValueError, match="raise them first: floor=1e-3"):
-        fenchel_young_loss(lambda c: shortest_path(c.unflatten(-1, (3, 3))).flatten(-2), y, w, Noise(5.))
+        FenchelYoungLoss(lambda c: shortest_path(c.unflatten(-1, (3, 3))).flatten(-2), Noise(5.))(y, w)
     with pytest.raises(ValueError, match="blackbox differentiation has no second derivative"): BlackboxLoss(solver, square).derivatives(y, w)
 
 HOOKED = '''
 import jaxtyping
-names = ["newton_losses_nb.paths." + n for n in ("exact", "relaxed", "smoothing", "terrain")]
+names = ["newton_losses_nb.paths." + n for n in ("exact", "relaxed", "fenchel_young", "smoothing", "terrain")]
 with jaxtyping.install_import_hook(names, "beartype.beartype"):
-    from newton_losses_nb.paths import relaxed as r, exact as s, smoothing as m, terrain as t
+    from newton_losses_nb.paths import relaxed as r, exact as s, fenchel_young as b, smoothing as m, terrain as t
 import pytest, torch
 from torch import func
 cost = torch.rand(6, 5, 4) + 0.1
@@ -145,13 +140,13 @@ func.vmap(s.shortest_path)(cost), func.vmap(func.grad(lambda c: r.relaxed_bellma
 flat = lambda c: s.shortest_path(c.clamp(min=1e-3).unflatten(-1, (5, 4))).flatten(-2)
 hard, soft = lambda c, w: (flat(c) - w).abs().sum(1), lambda a, w: (a - w).square().sum(1)
 y, w = cost.flatten(1).clone().requires_grad_(), flat(cost.flip(0).flatten(1))
-for noise in (m.Noise(), m.Noise(0.5, 4, antithetic=True), m.Noise(0.5, 3, "gumbel", "value"),
-              m.Noise(fixed=torch.randn(3, 20)), m.Noise(fixed=torch.randn(6, 3, 20))):
-    m.draw_noise(y, noise)
-    for f in (m.SmoothedLoss(hard, noise), m.SmoothedAlgorithmLoss(flat, soft, noise), m.FenchelYoungLoss(flat, noise, floor=1e-3)):
+for noise in (b.Noise(), b.Noise(0.5, 4, antithetic=True), b.Noise(0.5, 3, "gumbel", "value"),
+              b.Noise(fixed=torch.randn(3, 20)), b.Noise(fixed=torch.randn(6, 3, 20))):
+    b.draw_noise(y, noise)
+    for f in (m.SmoothedLoss(hard, noise), m.SmoothedAlgorithmLoss(flat, soft, noise), b.FenchelYoungLoss(flat, noise, floor=1e-3)):
         for hessian in (True, False): f.derivatives(y, w, hessian=hessian)
         torch.autograd.grad(torch.autograd.grad(f(y, w).sum(), y, create_graph=True)[0].sum(), y)
-    m.smoothed_algorithm(flat, y, noise), m.smoothed_loss(hard, y, noise, (w,)), m.fenchel_young_loss(flat, y, w.bool(), noise)
+    m.smoothed_algorithm(flat, y, noise), b.FenchelYoungLoss(flat, noise)(y, w.bool())
 m.blackbox(flat, y, 2.).sum().backward()
 f = m.BlackboxLoss(flat, soft, 2., None)
 f(y, w), f.derivatives(y, w, hessian=False)

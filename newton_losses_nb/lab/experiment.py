@@ -23,7 +23,7 @@ from ..core.evidence import SingularError
 from ..core.newton import (
     Clip, Direction, Fisher, Hessian, Normalize, OutputLoss, Scalar, Whiten)
 from .records import append_run, environment, open_results, run_key
-from ..paths.smoothing import draw_noise
+from ..paths.fenchel_young import draw_noise
 
 # %% ../../nbs/lab/03_experiment.ipynb #95ec6a36
 class ClipParameters(Clip):

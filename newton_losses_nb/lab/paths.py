@@ -24,9 +24,10 @@ from newton_losses_nb.lab.experiment import (
 from .models import PATH_NETWORKS
 from ..paths.exact import (
     cost_optimality, exact_path_match, path_cost, regret, shortest_path)
+from ..paths.fenchel_young import FenchelYoungLoss, Noise
 from ..paths.relaxed import path_loss, relaxed_bellman_ford
 from ..paths.smoothing import (
-    BlackboxLoss, FenchelYoungLoss, Noise, SmoothedAlgorithmLoss, SmoothedLoss)
+    BlackboxLoss, SmoothedAlgorithmLoss, SmoothedLoss)
 
 # %% ../../nbs/lab/06_paths.ipynb #85fbda2b
 PATH_LOSSES = ( # Losses of paths

@@ -11,15 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from ..core.solves import number
+
 # %% ../../nbs/paths/00_exact.ipynb #80072686
-def _slices(
-    cost:Tensor,  # Costs, `(H, W, B)`, that of the start 0
-    d:Tensor,     # Distances with a border of infinity, `(H+2, W+2, B)`
-    col:Tensor,   # Scratch, `(H, W+2, B)`
-    best:Tensor,  # Scratch, `(H, W, B)`
-    n:int,        # How many rows and columns
-) -> tuple:
-    "What a sweep of the top left corner reads and writes"
+def _slices(cost:Tensor, d:Tensor, col:Tensor, best:Tensor, n:int) -> tuple:
+    "What a sweep of the first `n` rows and columns uses; the batch comes last"
     h, w = min(n, cost.shape[0]), min(n, cost.shape[1])
     up, mid, down = (d[i:i+h, :w+2] for i in range(3))
     left, centre, right = (col[:h, j:j+w] for j in range(3))
@@ -44,8 +40,8 @@ class _Sweeps:
         scratch = new(H, W + 2), new(H, W)
         corners = [_slices(self.cost, self.d, *scratch, n) for n in range(3, self.n, 3)]
         self.corners = [o for o in corners for _ in range(3)]
-        self.whole, self.inner = _slices(self.cost, self.d, *scratch,
-                                         self.n), self.d[1:-1, 1:-1]
+        self.whole = _slices(self.cost, self.d, *scratch, self.n)
+        self.inner = self.d[1:-1, 1:-1]
 
     def start(self, cost):
         "Read the costs, `(B, H, W)` (adding 0 turns -0 into 0)"
@@ -67,21 +63,17 @@ class _Sweeps:
     def settle(self):
         "Sweep until nothing changes"
         self.sweep(self.n + 1)
-        bits = {4: torch.int32, 8: torch.int64}[self.d.element_size()]
         while True:
             for _ in range(3): _sweep(*self.whole)
             self.last()
-            if not (self.before.view(bits) - self.inner.view(bits)).amax(): return
+            if torch.equal(self.before, self.inner): return
 
 # %% ../../nbs/paths/00_exact.ipynb #ee8e3871
-def _distances(
-    cost:Float[Tensor, "B H W"],     # Costs, at least 0; infinite ones are walls
-    n_iter:int|None=None,            # Number of sweeps; None: until nothing changes
-) -> tuple:  # `(B+1, H+2, W+2)`, the first empty; which are settled
-    "Cost of the cheapest path to each cell"
+def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
+    "Distances `(B+1, H+2, W+2)`, the first empty, and which maps are settled"
     B, H, W = cost.shape
-    d, settled = cost.new_full((B + 1, H + 2, W + 2), torch.inf), torch.ones(
-        B, dtype=torch.bool, device=cost.device)
+    d = cost.new_full((B + 1, H + 2, W + 2), torch.inf)
+    settled = torch.ones(B, dtype=torch.bool, device=cost.device)
     cells = 2**17//cost.element_size() if cost.device.type == "cpu" else 2**22
     chunk = max(1, min(B, cells//(H*W)))
     sweeps = _Sweeps(cost, chunk)
@@ -98,80 +90,51 @@ def _distances(
 # %% ../../nbs/paths/00_exact.ipynb #d92551bf
 NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
 
-# %% ../../nbs/paths/00_exact.ipynb #08c9304b
-def _predecessors(
-    d:Float[Tensor, "H2 W2 B"],    # Distances with a border, H2 = H + 2
-) -> tuple:  # Number of the neighbour `(H, W, B)`, and its distance
-    "First of the nearest neighbours of each cell, in row-major order"
-    best = _shift(d, *NEIGHBOURS[0])
-    which = torch.zeros_like(best, dtype=torch.int64)
-    for k, o in enumerate(NEIGHBOURS[1:], 1):
-        near = _shift(d, *o)
-        which.masked_fill_(near < best, k)
-        best = torch.minimum(best, near)
-    return which, best
-
-def _shift(d, i, j): return d[1+i:d.shape[0]-1+i, 1+j:d.shape[1]-1+j]
+def neighbours(padded):
+    "The eight neighbours of each cell, row by row: `(B, H+2, W+2)` to `(B, 8, H, W)`"
+    H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
+    return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in NEIGHBOURS], 1)
 
 # %% ../../nbs/paths/00_exact.ipynb #d7a61e0d
-def _walk(
-    which:Tensor,  # Number of the neighbour that each cell is reached from, `(H, W, B)`
-) -> Tensor:                       # Cells on the path, `(H, W, B)`, bool
+def _walk(which:Tensor) -> Bool[Tensor, "B H W"]:
     "Follow the predecessors from the bottom right corner to the top left one"
-    H, W, B = which.shape
+    B, H, W = which.shape
     steps = torch.tensor([i*W + j for i, j in NEIGHBOURS], device=which.device)
-    before = (torch.arange(H*W, device=which.device)[:, None]
-              + steps[which.reshape(H*W, B)])
-    before[0] = 0
-    at = torch.full((1, B), H*W - 1, device=which.device)
-    path = torch.zeros(H*W, B, dtype=torch.bool, device=which.device)
+    before = torch.arange(H*W, device=which.device) + steps[which.flatten(1)]
+    before[:, 0] = 0
+    at = torch.full((B, 1), H*W - 1, device=which.device)
+    path = torch.zeros(B, H*W, dtype=torch.bool, device=which.device)
     for i in range(H*W):
-        path.scatter_(0, at, True)
+        path.scatter_(1, at, True)
         if i % 8 == 0 and (at == 0).all(): break
-        at = before.gather(0, at)
-    return path.reshape(H, W, B)
+        at = before.gather(1, at)
+    return path.reshape(B, H, W)
 
 # %% ../../nbs/paths/00_exact.ipynb #b4ff6137
-def _hops(
-    d:Float[Tensor, "H2 W2 B"],    # Distances with a border, H2 = H + 2
-    best:Float[Tensor, "H W B"],   # Distance of the nearest neighbour
-) -> Float[Tensor, "H+2 W+2 B"]:   # Fewest steps of a cheapest path to each cell
-    "Steps from the start on paths of smallest cost"
-    tight = [_shift(d, *o) == best for o in NEIGHBOURS]
-    hops = torch.full_like(d, torch.inf)
-    hops[1, 1] = 0
-    inner = hops[1:-1, 1:-1]
-    while True:
-        before = hops.clone()
-        for t, o in zip(tight, NEIGHBOURS):
-            torch.minimum(inner, torch.where(t, _shift(hops, *o) + 1, torch.inf),
-                          out=inner)
-        if torch.equal(hops, before): return hops
-
-def _off_plateaus(d, which, best):
-    "Predecessors that leave a plateau by the fewest steps"
-    flat = (d[1:-1, 1:-1] == best) & best.isfinite()
-    flat[0, 0] = False
-    if not flat.any(): return which
-    hops = _hops(d, best)
-    rank = torch.stack([torch.where(_shift(d, *o) == best, _shift(hops, *o), torch.inf)
-                        for o in NEIGHBOURS])
-    return torch.where(flat, rank.argmin(0), which)
-
-# %% ../../nbs/paths/00_exact.ipynb #3bb46b12
-def _careful_walk(
-    d:Float[Tensor, "B H2 W2"],       # Distances with a border, H2 = H + 2
-) -> Bool[Tensor, "B H W"]:           # Cells on the path
+def _careful_walk(d:Float[Tensor, "B H2 W2"]) -> Bool[Tensor, "B H W"]:
     "The walk back by the predecessors of all cells, plateaus included"
-    d = d.permute(1, 2, 0)
-    return _walk(_off_plateaus(d, *_predecessors(d))).permute(2, 0, 1)
+    near = neighbours(d)
+    best = near.amin(1)
+    tight = near == best[:, None]
+    flat = (d[:, 1:-1, 1:-1] == best) & best.isfinite()
+    flat[:, 0, 0] = False
+    hops = torch.where(flat[:, None], neighbours(_hops(d, tight)), 0)
+    return _walk(torch.where(tight, hops, torch.inf).min(1).indices)
+
+def _hops(d, tight):
+    "Fewest steps of a cheapest path to each cell, with a border"
+    hops = torch.full_like(d, torch.inf)
+    hops[:, 1, 1] = 0
+    inner = hops[:, 1:-1, 1:-1]
+    while True:
+        new = torch.where(tight, neighbours(hops) + 1, torch.inf).amin(1)
+        new = torch.minimum(inner, new)
+        if torch.equal(inner, new): return hops
+        inner.copy_(new)
 
 # %% ../../nbs/paths/00_exact.ipynb #6c63209d
-def _fast_walk(
-    d:Float[Tensor, "B1 H2 W2"],      # From `_distances`; a corner is overwritten
-    n_iter:int|None=None,             # Steps; None: until all arrive or meet a plateau
-) -> tuple:                           # Paths `(B, H, W)`; which maps failed, `(B,)`
-    "The walk back, looking at no cells but those beside the path"
+def _fast_walk(d:Float[Tensor, "B1 H2 W2"], n_iter:int|None=None) -> tuple:
+    "The walk back beside the path alone, and which maps failed; overwrites corners"
     B, H, W, flat = len(d) - 1, d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
     d[1:, 0, 0].fill_(-1)
     three = torch.arange(-1, 2, device=d.device)
@@ -197,7 +160,7 @@ def shortest_path(
     n_iter:int|None=None,              # Fixed number of sweeps; None: as needed
 ) -> Float[Tensor, "*batch H W"]:  # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
-    if n_iter is not None: _check_steps(n_iter)
+    n_iter = checked_steps("n_iter", n_iter)
     check_grid("cost", cost)
     if not cost.numel(): return torch.zeros_like(cost)
     if torch._C._are_functorch_transforms_active():
@@ -210,11 +173,8 @@ def shortest_path(
     else: paths = [_solve_fixed(c, n_iter) for _, c in parts]
     return torch.cat(paths).reshape(cost.shape).to(cost.dtype)
 
-def _solve(
-    cost:Float[Tensor, "B H W"],  # Costs of some of the maps
-    first:int,                    # Number of the first of them
-    batch:torch.Size,             # Leading dimensions of all maps
-) -> Float[Tensor, "B H W"]:      # Their paths
+def _solve(cost:Float[Tensor, "B H W"], first:int,
+           batch:torch.Size) -> Float[Tensor, "B H W"]:
     "Paths of some maps; the error for a map without one names it"
     d, _ = _distances(cost)
     reached = d[1:, -2, -2].isfinite()
@@ -265,14 +225,17 @@ def check_same_shape(name, x, other, y):
         f"{name}: expected the shape of {other}, {tuple(y.shape)}, "
         f"got {tuple(x.shape)}")
 
+def checked_steps(name, n): return None if n is None else number(name, n, 1, whole=True)
+
+def positive(name, x):
+    try: value = number(name, x)
+    except ValueError: value = 0
+    if value > 0: return value
+    raise ValueError(f"{name}: expected a positive number, got {x!r}")
+
 def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/paths/00_exact.ipynb #5c0e1a77
-def _check_steps(n_iter):
-    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
-        raise ValueError(f"n_iter: expected a whole number, at least 1, or None, got "
-                         f"{n_iter!r}")
-
 def _check_cost(cost):
     if cost.detach().amin() >= 0: return
     nan, negative = int(cost.isnan().sum()), int((cost < 0).sum())
@@ -322,17 +285,15 @@ def is_valid_path(
     "Whether cells lead from corner to corner, in one piece, without dead ends"
     check_grid("path", path, floating=False)
     H, W = path.shape[-2:]
-    grid = path.detach().reshape(-1, H, W).permute(1, 2, 0).contiguous()
+    grid = path.detach().reshape(-1, H, W)
     on = grid == 1
-    border = F.pad(on.permute(2, 0, 1).to(torch.int8), (1, 1, 1, 1)).permute(1, 2, 0)
-    touches = sum(_shift(border, *o) for o in NEIGHBOURS)
-    touches[0, 0] += 1; touches[-1, -1] += 1
-    walls = torch.full(on.shape, torch.inf, dtype=torch.float32,
-                       device=on.device).masked_fill_(on, 1)
-    reached = _distances(walls.permute(2, 0, 1))[0][1:, 1:-1,
-                                                    1:-1].isfinite().permute(1, 2, 0)
+    touches = neighbours(F.pad(on.to(torch.int8), (1, 1, 1, 1))).sum(1)
+    touches[:, 0, 0] += 1; touches[:, -1, -1] += 1
+    walls = torch.where(on, 1., torch.inf)
+    reached = _distances(walls)[0][1:, 1:-1, 1:-1].isfinite()
     good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
-    return (good.flatten(0, 1).all(0) & on[0, 0] & on[-1, -1]).reshape(path.shape[:-2])
+    good = good.flatten(1).all(1) & on[:, 0, 0] & on[:, -1, -1]
+    return good.reshape(path.shape[:-2])
 
 # %% ../../nbs/paths/00_exact.ipynb #32140765
 def regret(

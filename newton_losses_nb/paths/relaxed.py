@@ -7,28 +7,20 @@ __all__ = ['relaxed_bellman_ford', 'path_loss']
 
 # %% ../../nbs/paths/01_relaxed.ipynb #43a070c1
 import itertools
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .exact import (
-    NEIGHBOURS, check_grid, check_same_shape, widened)
-
-# %% ../../nbs/paths/01_relaxed.ipynb #b010533b
-def _near(padded):
-    "The eight neighbours of each cell, row by row: `(B, H+2, W+2)` to `(B, 8, H, W)`"
-    H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
-    return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in NEIGHBOURS], 1)
+from ..core.solves import choice, number
+from newton_losses_nb.paths.exact import (
+    NEIGHBOURS, check_grid, check_same_shape, checked_steps, neighbours, positive,
+    widened)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #3ff50ed4
-def _relaxed_distances(
-    cost:Float[Tensor, "B H W"],  # Costs
-    beta:float,                   # Inverse temperature
-    n_iter:int,                   # Number of sweeps
-) -> Float[Tensor, "B 8 H W"]:    # Probability to come from each neighbour
+def _relaxed_distances(cost:Float[Tensor, "B H W"], beta:float,
+                       n_iter:int) -> Float[Tensor, "B 8 H W"]:
     "Weights of the last sweep of relaxed Bellman-Ford"
     far = -beta*_far(cost, beta)
     border = F.pad(torch.zeros_like(cost), (1, 1, 1, 1), value=1.)*far
@@ -36,7 +28,7 @@ def _relaxed_distances(
     keep[0, 0] = 0
     step, score = beta*cost, border + F.pad(keep*far, (1, 1, 1, 1))
     for _ in range(n_iter):
-        u = _near(score)
+        u = neighbours(score)
         pi = torch.softmax(u, 1)
         score = F.pad(((pi*u).sum(1) - step)*keep, (1, 1, 1, 1)) + border
     return pi
@@ -55,9 +47,7 @@ _T_CONORMS = {
 }
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
-def _inflow(
-    pi:Float[Tensor, "B 8 H W"],  # Probability to come from each neighbour
-) -> Float[Tensor, "B 8 H W"]:    # Probability that a neighbour comes from here
+def _inflow(pi:Float[Tensor, "B 8 H W"]) -> Float[Tensor, "B 8 H W"]:
     "Transpose of the predecessors' weights"
     padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
     return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
@@ -69,7 +59,7 @@ def _plain_walk(cost, beta, n_iter, steps):
     at = [torch.zeros_like(cost)]
     at[0][:, -1, -1] = 1
     for _ in range(steps - 1):
-        at.append((weights*_near(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
+        at.append((weights*neighbours(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
     return at
 
 # %% ../../nbs/paths/01_relaxed.ipynb #a2c97c5e
@@ -201,19 +191,12 @@ def _soft_walk(cost, beta, n_iter, steps):
     return _Walk.apply(cost, beta, n_iter, steps), _Flat(*cost.shape).grids
 
 # %% ../../nbs/paths/01_relaxed.ipynb #82a5279a
-def _while_mean(
-    tracked:Float[Tensor, "K B H W"], # Tracked path after each step
-    beta:float,                       # Inverse temperature of the loop's condition
-    epsilon:float,                    # Stop when none goes on with more
-) -> Float[Tensor, "B H W"]: # Their mean, weighted with the probability of ending there
+def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "B H W"]:
     "Result of a relaxed while-loop with a fixed number of steps"
     start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
-    before, after = left[:-1], left[1:]
-    on = before.detach().amax(1,
-                              keepdim=True) > epsilon if before.numel() else before > 0
-    last = on & ~F.pad(on[1:], (0, 0, 0, 1))
-    weight = (before - after)*on + after*last
+    weight = left[:-1] - left[1:]
+    weight[-1] += left[-1]
     return (weight[..., None, None]*tracked).sum(0)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #aae68cee
@@ -221,48 +204,22 @@ def relaxed_bellman_ford(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell
     beta:float,                        # Inverse temperature β: large is sharp
     n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
-    loop:str="for",  # "for": `n_iter` steps back; "while": to the start
+    loop:str="for",  # "for": `n_iter` steps back; "while": 16 more, to the start
     t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager" (1)
     q:float=5.,                        # Parameter of the Hamacher T-conorm, at least 0
-    max_iter:int|None=None,            # Steps of the "while" walk; None: n_iter + 16
-    epsilon:float=0.,  # End the "while" walk once none goes on with more
 ) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
     "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
-    _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon)
-    beta = float(beta)
+    check_grid("cost", cost)
+    beta, q, n = positive("beta", beta), number("q", q), checked_steps("n_iter", n_iter)
+    choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     H, W = cost.shape[-2:]
-    n = H + W if n_iter is None else n_iter
+    n = H + W if n is None else n
     at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n,
-                           n if loop == "for" else max_iter or n + 16)
+                           n if loop == "for" else n + 16)
     tracked = list(itertools.accumulate(at, lambda a, b: _T_CONORMS[t_conorm](a, b, q)))
     path = grids(tracked[-1]) if loop == "for" else _while_mean(
-        grids(torch.stack(tracked)), beta, epsilon)
+        grids(torch.stack(tracked)), beta)
     return path.reshape(cost.shape).to(cost.dtype)
-
-# %% ../../nbs/paths/01_relaxed.ipynb #d681f3b8
-def _is_number(x):
-    "Is `x` a number of Python or NumPy, or a tensor that is one? A bool is not"
-    if isinstance(x, Tensor): return x.ndim == 0 and x.dtype != torch.bool
-    return isinstance(x, Real) and not isinstance(x, bool)
-
-def _check_relaxed(cost, beta, n_iter, loop, t_conorm, q, max_iter, epsilon):
-    check_grid("cost", cost)
-    if not _is_number(beta) or not 0 < beta < float("inf"):
-        raise ValueError(f"beta: expected a positive number, got {beta!r}")
-    for name, n in (("n_iter", n_iter), ("max_iter", max_iter)):
-        whole = n is None or isinstance(n, int) and not isinstance(n, bool) and n >= 1
-        if not whole:
-            raise ValueError(f"{name}: expected a whole number, at least 1, or None, "
-                             f"got {n!r}")
-    if loop not in ("for", "while"):
-        raise ValueError(f"loop: expected 'for' or 'while', got {loop!r}")
-    if not q >= 0: raise ValueError(f"q: expected a number, at least 0, got {q!r}")
-    if not 0 <= epsilon < 1:
-        raise ValueError(f"epsilon: expected a number, at least 0 and below 1, got "
-                         f"{epsilon!r}")
-    if t_conorm not in _T_CONORMS:
-        raise ValueError(f"t_conorm: expected one of {', '.join(_T_CONORMS)}, got "
-                         f"{t_conorm!r}")
 
 # %% ../../nbs/paths/01_relaxed.ipynb #d8e30603
 def path_loss(
@@ -273,10 +230,7 @@ def path_loss(
 ) -> Float[Tensor, "N"]:            # One loss per sample
     "How far paths are from the true ones"
     check_same_shape("path", path, "target", target)
-    if kind not in ("l1", "l2"):
-        raise ValueError(f"kind: expected 'l1' or 'l2', got {kind!r}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    choice("kind", kind, ("l1", "l2")), choice("reduction", reduction, ("mean", "sum"))
     diff = (path - target.to(path.dtype)).flatten(1)
     diff = diff.abs() if kind == "l1" else diff.square()
     return diff.mean(1) if reduction == "mean" else diff.sum(1)
