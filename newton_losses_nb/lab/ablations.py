@@ -6,7 +6,7 @@
 __all__ = ['HELD', 'ABLATION_METHODS', 'ORDER_NOISE', 'ablation_config', 'CONTROLS', 'DECADES', 'ABLATIONS', 'HeldTarget',
            'AblationTask', 'Arm', 'Plan', 'run_ablation', 'forget', 'compare_arms']
 
-# %% ../../nbs/lab/10_ablations.ipynb #8be09dc0
+# %% ../../nbs/lab/10_ablations.ipynb #45808888
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from newton_losses_nb.lab.experiment import (
     whole)
 from .models import NETWORKS
 from .report import holm, paired_test
-from .sorting import LEARNING_RATES, Sorting, SortingTask
+from .tasks import LEARNING_RATES, Sorting, SortingTask
 from ..sorting.losses import element_match, exact_match
 
 # %% ../../nbs/lab/10_ablations.ipynb #5e90920f
@@ -112,7 +112,7 @@ class _SortingAblation(Sorting):
 
 ablation_config = _SortingAblation.config # The configuration of a run
 
-# %% ../../nbs/lab/10_ablations.ipynb #b15b3db9
+# %% ../../nbs/lab/10_ablations.ipynb #4ac4e32f
 class AblationTask(SortingTask):
     "Sorting with repeated batches, wrong orders, or larger evaluation sets"
     directions = staticmethod(_ablation_directions)
@@ -136,7 +136,7 @@ class AblationTask(SortingTask):
 
     def batch(self, index):
         "Images, and the arguments of the loss as they are told"
-        digits = self.training_sets.digits_per_image
+        digits = self.training.digits_per_image
         x, (T,) = super().batch(index[..., :digits])
         return x, (_reorder(T, index[..., -1]) if index.shape[-1] > digits else T,)
 

@@ -230,7 +230,7 @@ def ray_engine(
     if lost: raise ConnectionError(
         f"{len(lost)} runs were lost 4 times each, the first of them {lost[0]}")
 
-# %% ../../nbs/lab/13_cli.ipynb #4b2a532a
+# %% ../../nbs/lab/13_cli.ipynb #e2c77982
 @dataclass
 class _Bench:
     "A benchmark: what its runs are made of, and what is reported"
@@ -243,9 +243,8 @@ def benches() -> dict[str, _Bench]: # By name
     "The benchmarks of `nl_bench`"
     _need_bench()
     from newton_losses_nb.lab.ablations import AblationTask, Plan
-    from newton_losses_nb.lab.classification import Classification, ClassificationTask
-    from newton_losses_nb.lab.paths import Paths, PathTask
-    from newton_losses_nb.lab.sorting import Sorting, SortingTask
+    from newton_losses_nb.lab.tasks import (
+        Classification, ClassificationTask, Paths, PathTask, Sorting, SortingTask)
     return {"sorting": _Bench(Sorting, SortingTask),
             "paths": _Bench(Paths, PathTask, PathOptions,
                            ("exact_match", "cost_optimality")),

@@ -145,7 +145,7 @@ class Settings:
         "Is there such a run?"
         return True
 
-# %% ../../nbs/lab/03_experiment.ipynb #75e9a79e
+# %% ../../nbs/lab/03_experiment.ipynb #81759182
 @patch(cls_method=True)
 def config(
     cls:Settings,
@@ -156,7 +156,7 @@ def config(
     s = cls(*args, **given)
     known = {f.name: getattr(s, f.name) for f in fields(s)
              if f.metadata["always"] or getattr(s, f.name) != f.default}
-    return s.complete(known)
+    return s.complete(known | s.method_settings())
 
 @patch(cls_method=True)
 def grid(
