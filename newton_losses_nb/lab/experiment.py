@@ -520,8 +520,10 @@ def _seed_groups(tasks):
         groups.setdefault(kind, []).append(t)
     return list(groups.values())
 
-def run_title(c:dict) -> str: # Configuration
-    "A short name for the runs that differ in the seed: relaxation or loss, and method"
+def run_title(
+    c:dict, # Configuration
+) -> str:   # Relaxation or loss, and method
+    "A short name for the runs that differ in the seed"
     return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
 
 def seeds_together(
