@@ -45,7 +45,7 @@ fi
 
 [ "$device" != cuda ] || part capture 70 "$python" benchmarks/capture.py
 part tests 120 "$python" -m pytest -v -n 0 -p no:cacheprovider tests/test_experiment.py tests/test_notebooks.py \
-    -k "captured or notebook and (lab/03_experiment or lab/08_sorting)"
+    -k "captured or notebook and (lab/03_experiment or lab/05_tasks)"
 part step 120 "$python" benchmarks/step.py --device "$device" "${digits[@]}" "${step[@]}" --out "$out/step.jsonl"
 part sorting 90 "${bench[@]}" sorting --engine together --device "$device" --precision "$precision" \
     --relaxations neural_sort,cauchy --methods none,fisher,whiten,clip,rms --seeds 2 "${sort[@]}" "${digits[@]}" --out "$out/sorting"

@@ -15,7 +15,7 @@ from pathlib import Path
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import run_all, seeds_together
 from newton_losses_nb.lab.records import read_runs
-from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+from newton_losses_nb.lab.tasks import SortingTask, sorting_config
 
 RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
 RELAXATIONS = "soft_sort", "neural_sort"

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import Training, network_precision
-from newton_losses_nb.lab.paths import PathTask, path_config
 from newton_losses_nb.lab.records import environment
-from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+from newton_losses_nb.lab.tasks import (
+    PathTask, SortingTask, path_config, sorting_config)
 from newton_losses_nb.paths.terrain import load_maps
 
 STEPS = [("sorting", o) for o in (dict(method="none"), dict(method="fisher"), dict(relaxation="cauchy", method="fisher"),

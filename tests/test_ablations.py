@@ -16,7 +16,7 @@ from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit, run_all
 from newton_losses_nb.core.newton import Fisher, OutputLoss
 from newton_losses_nb.lab.report import paired_test
-from newton_losses_nb.lab.sorting import sorting_config
+from newton_losses_nb.lab.tasks import sorting_config
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
 SIZE = dict(n=5, steps=200, lr=1e-2)

@@ -5,13 +5,14 @@ from torch import nn
 from reference import NeverLooks
 from torch.testing import assert_close
 
-from newton_losses_nb.lab.classification import (CLASSIFIERS, Classification, ClassificationTask, classification_config, digit_loss,
-                                                 _first_step, _glorot, lenet5, _like_tanh, make_classifier, mlp)
+from newton_losses_nb.lab.tasks import (CLASSIFIERS, Classification, ClassificationTask, classification_config, digit_loss,
+                                        _first_step, _glorot, lenet5, _like_tanh, mlp)
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.core.newton import OutputLoss
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import METHODS, Training, directions, fit, run_all, seeds_together
 from newton_losses_nb.lab.report import plot_curves
+from newton_losses_nb.lab.models import make_network
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.report import caption, group_runs, summary
 
@@ -102,7 +103,7 @@ def test_sigmoids_compute_what_tanh_computes(build, side):
 @pytest.mark.parametrize("name", list(CLASSIFIERS))
 def test_networks_depend_on_the_seed_alone(name):
     before = torch.get_rng_state()
-    a, b, c = (make_classifier(name, s, 14).state_dict() for s in (0, 0, 1))
+    a, b, c = (make_network(name, s, CLASSIFIERS, side=14).state_dict() for s in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     for k in a:
         assert torch.equal(a[k], b[k])

@@ -12,7 +12,7 @@ from newton_losses_nb.lab import cli
 from newton_losses_nb.lab.experiment import setting
 from newton_losses_nb.lab.records import run_key
 from newton_losses_nb.lab.report import conclusion
-from newton_losses_nb.lab.sorting import Sorting, sorting_config
+from newton_losses_nb.lab.tasks import Sorting, sorting_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,9 +8,8 @@ from tqdm.auto import tqdm
 
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import METHODS, CapturedStep, Training, fit, network_precision, one_by_one, run_all, _seed_groups, seeds_together
-from newton_losses_nb.lab.paths import PATH_LOSSES, PathTask, path_config
 from newton_losses_nb.lab.records import read_runs
-from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+from newton_losses_nb.lab.tasks import PATH_LOSSES, PathTask, SortingTask, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
 
 SIZES = dict(train=60, valid=15, test=15)

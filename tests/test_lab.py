@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from newton_losses_nb.lab.ablations import AblationTask, ablation_config
-from newton_losses_nb.lab.classification import ClassificationTask, classification_config
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
-from newton_losses_nb.lab.paths import PathTask, path_config
 from newton_losses_nb.lab.records import read_runs, run_key, stored_results
-from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+from newton_losses_nb.lab.tasks import ClassificationTask, PathTask, SortingTask, classification_config, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
 
 MAKE = dict(sorting=(SortingTask, sorting_config), paths=(PathTask, path_config), classification=(ClassificationTask, classification_config),

@@ -16,7 +16,7 @@ from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.lab.cli import _start_ray, ray_cluster
 from newton_losses_nb.lab.records import read_runs
-from newton_losses_nb.lab.sorting import SortingTask
+from newton_losses_nb.lab.tasks import SortingTask
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by signals, which Windows has not")
 
@@ -108,7 +108,7 @@ import functools, os, sys, time
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import run_all
 from newton_losses_nb.lab.cli import ray_cluster, ray_engine
-from newton_losses_nb.lab.sorting import SortingTask, sorting_config
+from newton_losses_nb.lab.tasks import SortingTask, sorting_config
 
 folder = sys.argv[1]
 class Slow(SortingTask):

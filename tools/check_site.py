@@ -4,14 +4,7 @@
 
 Links and anchors are Quarto's (`tools/site.py log`) and those between notebooks are tested (tests/test_package.py).
 Prints everything that is wrong and ends with 1 if something is. Needs playwright and a Chromium on the machine."""
-import functools
-import http.server
-import json
-import os
-import re
-import shutil
-import sys
-import threading
+import functools, http.server, json, os, re, shutil, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 

@@ -8,15 +8,7 @@
 
 Quarto makes the published site. Where it cannot be installed, smalldocs reads the same `_quarto.yml`; what it lacks
 is added here: page names, numbered figures, MathML and the bibliography (both by pandoc, as in Quarto)."""
-import ast
-import html
-import json
-import os
-import posixpath
-import re
-import shutil
-import subprocess
-import sys
+import ast, html, json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
 
 import yaml

@@ -6,7 +6,7 @@
 __all__ = ['HELD', 'ABLATION_METHODS', 'ORDER_NOISE', 'ablation_config', 'CONTROLS', 'DECADES', 'ABLATIONS', 'HeldTarget',
            'AblationTask', 'Arm', 'Plan', 'run_ablation', 'forget', 'compare_arms']
 
-# %% ../../nbs/lab/10_ablations.ipynb #8be09dc0
+# %% ../../nbs/lab/10_ablations.ipynb #45808888
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from newton_losses_nb.lab.experiment import (
     whole)
 from .models import NETWORKS
 from .report import holm, paired_test
-from .sorting import LEARNING_RATES, Sorting, SortingTask
+from .tasks import LEARNING_RATES, Sorting, SortingTask
 from ..sorting.losses import element_match, exact_match
 
 # %% ../../nbs/lab/10_ablations.ipynb #5e90920f
@@ -76,11 +76,11 @@ class HeldTarget(nn.Module):
         surrogate = (y - self.target).square().sum(-1).mean(-1)/2
         return values.mean(-1) + surrogate - surrogate.detach()
 
-# %% ../../nbs/lab/10_ablations.ipynb #f27a1741
+# %% ../../nbs/lab/10_ablations.ipynb #13dab36a
 def _wrong_orders(sets, n, share, kind, generator):
     "Ranks in the order that is told, `(sets, n)`, of which a share is wrong"
-    ranks, hit = torch.arange(
-        n).expand(sets, n), torch.rand(sets, 1, generator=generator) < share
+    ranks = torch.arange(n).expand(sets, n)
+    hit = torch.rand(sets, 1, generator=generator) < share
     if kind == "swap":
         i = torch.randint(n - 1, (sets, 1), generator=generator)
         other = ranks + (ranks == i).long() - (ranks == i + 1).long()
@@ -112,7 +112,7 @@ class _SortingAblation(Sorting):
 
 ablation_config = _SortingAblation.config # The configuration of a run
 
-# %% ../../nbs/lab/10_ablations.ipynb #b15b3db9
+# %% ../../nbs/lab/10_ablations.ipynb #4ac4e32f
 class AblationTask(SortingTask):
     "Sorting with repeated batches, wrong orders, or larger evaluation sets"
     directions = staticmethod(_ablation_directions)
@@ -136,7 +136,7 @@ class AblationTask(SortingTask):
 
     def batch(self, index):
         "Images, and the arguments of the loss as they are told"
-        digits = self.training_sets.digits_per_image
+        digits = self.training.digits_per_image
         x, (T,) = super().batch(index[..., :digits])
         return x, (_reorder(T, index[..., -1]) if index.shape[-1] > digits else T,)
 
@@ -158,7 +158,7 @@ def _reorder(T, told):
     "Exchange the rows of permutation matrices: `told` says which rank stands where"
     return T.gather(-2, told.unsqueeze(-1).expand_as(T))
 
-# %% ../../nbs/lab/10_ablations.ipynb #18b120cf
+# %% ../../nbs/lab/10_ablations.ipynb #f6da150f
 @dataclass
 class Arm:
     "One configuration of an ablation, for any seed"
@@ -172,8 +172,7 @@ class Arm:
         c = more | self.config | tuned | candidate
         return [ablation_config(seed=s, **c) for s in seeds]
 
-# Compared with a Newton loss, beside the plain loss
-CONTROLS = ("clip", "rms", "scalar")
+CONTROLS = ("clip", "rms", "scalar") # Compared with a Newton loss
 _LAMS = (1e-2, 1e-1, "auto")          # Dampings to try
 _NORMS = (.03, .1, .3)                # Largest norms to try
 
@@ -185,9 +184,8 @@ def _candidates(method, lr, lams=_LAMS, norms=_NORMS):
     if hasattr(d, "max_norm"): return tuple({"max_norm": o} for o in norms)
     return tuple({"lr": lr*f} for f in (1/3, 1., 3.))
 
-# %% ../../nbs/lab/10_ablations.ipynb #e5576e7d
-# Values of λ, seven decades with both ends
-DECADES = tuple(10.**k for k in range(-4, 4))
+# %% ../../nbs/lab/10_ablations.ipynb #5d747609
+DECADES = tuple(10.**k for k in range(-4, 4)) # Values of λ, with both ends
 
 def _damping_arms(n, steps, lr):
     "Over how many decades of λ does a Newton loss do no harm?"
@@ -195,18 +193,17 @@ def _damping_arms(n, steps, lr):
         newton = ("fisher", "hessian", *["hessian_abs"]*(relaxation == "logistic"))
         methods = [("none", "auto"), ("scalar", "auto")]
         methods += [(m, lam) for m in newton for lam in ("auto", *DECADES)]
-        return [Arm(dict(relaxation=relaxation, method=m, lam=lam)) for m,
-                lam in methods]
+        return [Arm(dict(relaxation=relaxation, method=m, lam=lam))
+                for m, lam in methods]
     return [a for r in ("neural_sort", "soft_sort", "logistic") for a in arms(r)]
 
-# %% ../../nbs/lab/10_ablations.ipynb #98dc2d20
+# %% ../../nbs/lab/10_ablations.ipynb #11c99266
 _STEEP = dict(relaxation="logistic", steepness=3000.) # 300 times as steep as usual
 
 def _curvature_arms(n, steps, lr):
     "Do controls do as well, and does each sample need its own curvature?"
     methods = ("none", "fisher", "hessian", "hessian_abs", "fisher_sample",
-               "hessian_abs_sample",
-               "clip", "clip_grad", "rms", "scalar")
+               "hessian_abs_sample", "clip", "clip_grad", "rms", "scalar")
     lams = {m: (.1, 1., 10.) if m.endswith("sample") else _LAMS for m in methods}
     tame = [Arm(dict(relaxation="neural_sort", method=m), _candidates(m, lr, lams[m]))
             for m in methods if m != "hessian_abs"]

@@ -6,7 +6,7 @@
 __all__ = ['Options', 'GridOptions', 'PathOptions', 'AblationOptions', 'shard', 'ray_cluster', 'ray_engine', 'benches',
            'nl_bench', 'nl_report']
 
-# %% ../../nbs/lab/13_cli.ipynb #be6f12e7
+# %% ../../nbs/lab/13_cli.ipynb #f1391c59
 import argparse, contextlib, functools, importlib.util, os, re, subprocess, sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,22 +17,21 @@ import torch
 
 from newton_losses_nb.lab.experiment import (
     Settings, one_by_one, one_of, positive, records_of, run_all, run_title,
-    seeds_together,
-    setting, whole)
+    seeds_together, setting, whole)
 from .records import environment, read_runs
 
-# %% ../../nbs/lab/13_cli.ipynb #f5199041
-_EXTRA = (
-    "numpy", "pandas", "scipy", "matplotlib", "pooch", "tqdm", "mlxtend", "tabulate")
-
-def _need_bench(modules=_EXTRA):
+# %% ../../nbs/lab/13_cli.ipynb #0ead8169
+def _need_bench(
+    modules="numpy pandas scipy matplotlib pooch tqdm mlxtend tabulate"):
     "Raise if the extra `bench` is not installed"
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    missing = [m for m in modules.split() if importlib.util.find_spec(m) is None]
     if missing: raise ImportError(
         f"this command needs the extra 'bench' ({', '.join(missing)} not found): "
         "pip install 'newton_losses_nb[bench]'")
 
-# %% ../../nbs/lab/13_cli.ipynb #cccf41ae
+# %% ../../nbs/lab/13_cli.ipynb #39b7617c
+_SEEDS = "Seeds: how many, or a list such as 0,5,10-12"
+
 @dataclass
 class Options(Settings):
     "Where data and results lie, and what does the runs"
@@ -62,7 +61,7 @@ class GridOptions(Options):
         None, "Runs at a time on a cluster started here; default: all cores", whole(1))
     gpus:float = setting(1., "Part of a GPU that a run takes with ray", positive)
 
-# %% ../../nbs/lab/13_cli.ipynb #e6723734
+# %% ../../nbs/lab/13_cli.ipynb #c708e4ca
 @dataclass
 class PathOptions(GridOptions):
     "Those of path runs, whose maps are made"
@@ -81,7 +80,7 @@ class PathOptions(GridOptions):
 @dataclass
 class AblationOptions(Options):
     "Those of an ablation"
-    seeds:str = setting("2", "Number of seeds, or a list such as 0,5,10-12")
+    seeds:str = setting("2", _SEEDS)
     engine:str = setting("together", "together (all seeds at once) or local",
                          one_of("local", "together"))
 
@@ -96,13 +95,12 @@ def _seeds(text):
     pairs = [o.partition("-") for o in text.split(",") if o]
     return [s for a, _, b in pairs for s in range(int(a), int(b or a) + 1)]
 
-# %% ../../nbs/lab/13_cli.ipynb #5cfb3f86
+# %% ../../nbs/lab/13_cli.ipynb #305017dd
 def _help(f, default):
     "What an option is, with its known values and its default"
     known = [str(o) for o in getattr(f.metadata["check"], "known", ()) if o is not None]
     text = f.metadata["help"]
-    if f.name == "seed":
-        text = f"Seeds: how many, or a list such as 0,5,10-12; o{text[1:]}"
+    if f.name == "seed": text = f"{_SEEDS}; o{text[1:]}"
     elif f.metadata["option"]: text += ", with commas"
     if known and not any(o in text for o in known): text += ": " + ", ".join(known)
     return text + (f" (default: {default})" if default is not None else "")
@@ -230,7 +228,7 @@ def ray_engine(
     if lost: raise ConnectionError(
         f"{len(lost)} runs were lost 4 times each, the first of them {lost[0]}")
 
-# %% ../../nbs/lab/13_cli.ipynb #4b2a532a
+# %% ../../nbs/lab/13_cli.ipynb #e2c77982
 @dataclass
 class _Bench:
     "A benchmark: what its runs are made of, and what is reported"
@@ -243,16 +241,15 @@ def benches() -> dict[str, _Bench]: # By name
     "The benchmarks of `nl_bench`"
     _need_bench()
     from newton_losses_nb.lab.ablations import AblationTask, Plan
-    from newton_losses_nb.lab.classification import Classification, ClassificationTask
-    from newton_losses_nb.lab.paths import Paths, PathTask
-    from newton_losses_nb.lab.sorting import Sorting, SortingTask
+    from newton_losses_nb.lab.tasks import (
+        Classification, ClassificationTask, Paths, PathTask, Sorting, SortingTask)
     return {"sorting": _Bench(Sorting, SortingTask),
             "paths": _Bench(Paths, PathTask, PathOptions,
                            ("exact_match", "cost_optimality")),
             "ablation": _Bench(Plan, AblationTask, AblationOptions),
             "classification": _Bench(Classification, ClassificationTask)}
 
-# %% ../../nbs/lab/13_cli.ipynb #84e0ceb7
+# %% ../../nbs/lab/13_cli.ipynb #9b7faf16
 def _pick(kind, args):
     "An object of a class of settings; its settings with one value, and with several"
     mine = {f.name: args[f.name] for f in fields(kind) if f.name in args}
@@ -276,9 +273,8 @@ def _run_grid(name, args):
     sizes = {k: len(v) for k, v in data.items() if k in {f.name for f in fields(kind)}}
     configs = kind.grid(same | sizes, **lists)
     mine, out = shard(configs, options.shard), options.out or f"runs/{name}"
-    if not mine:
-        raise ValueError(f"shard: expected a part with runs, got {options.shard} "
-                         f"of {len(configs)}")
+    if not mine: raise ValueError(
+        f"shard: expected a part with runs, got {options.shard} of {len(configs)}")
     _use_threads(options, {c["network"] for c in mine})
     tasks = [bench.task(c, data) for c in mine]
     if options.dry_run: return _preview(tasks, out)
@@ -293,15 +289,15 @@ def _use_threads(options, networks):
     large = networks & {"cnn", "resnet18"}
     if options.threads or not large: torch.set_num_threads(options.threads or 1)
 
-# %% ../../nbs/lab/13_cli.ipynb #ec6d5829
+# %% ../../nbs/lab/13_cli.ipynb #db02ff2e
 def _ablation(name, args):
     "Run an ablation, and report it"
     from newton_losses_nb.lab.ablations import Plan, forget, run_ablation
     options, plan = _pick(AblationOptions, args)[0], _pick(Plan, args)[0]
     run = functools.partial(run_all, engine=_engine(options, plan.device))
+    if options.dry_run: run = lambda tasks, folder, file: _preview(tasks, folder)
     out = options.out or f"runs/ablation_{name}"
     _use_threads(options, {plan.network})
-    if options.dry_run: run = lambda tasks, folder, file: _preview(tasks, folder)
     run_ablation(name, out, _seeds(options.seeds), options.load(args), run,
                  **asdict(plan))
     if not options.dry_run: _report(forget(read_runs(out)), out, "exact_match")
@@ -329,15 +325,15 @@ def _engine(options, device):
     cluster = functools.partial(ray_cluster, address, jobs)
     return functools.partial(ray_engine, cluster=cluster, gpus=options.gpus)
 
-# %% ../../nbs/lab/13_cli.ipynb #5103acef
+# %% ../../nbs/lab/13_cli.ipynb #3db15220
 def _preview(tasks, out):
     "Say what would run; returns the records of what is finished"
     found = any(Path(out).glob("*.jsonl"))
     done = {r["key"]: r for r in read_runs(out)} if found else {}
     left = [t for t in tasks if t.key not in done]
-    print(f"{len(tasks)} runs on {tasks[0].source}: {len(tasks) - len(left)} finished "
-          f"in {out}, "
-          f"{len(left)} to run, {sum(t.config['steps'] for t in left):,} steps")
+    finished, steps = len(tasks) - len(left), sum(t.config["steps"] for t in left)
+    print(f"{len(tasks)} runs on {tasks[0].source}: {finished} finished in {out}, "
+          f"{len(left)} to run, {steps:,} steps")
     for title, n in Counter(run_title(t.config) for t in left).items():
         print(f"  {n:4}  {title}")
     return [done.get(t.key, {"result": None}) for t in tasks]
@@ -354,7 +350,7 @@ def _report(runs, folder, metric, out=None):
     files = write_report(runs, out, metric)
     print(f"\nwritten to {out}: {', '.join(f.name for f in files)}")
 
-# %% ../../nbs/lab/13_cli.ipynb #4db9585f
+# %% ../../nbs/lab/13_cli.ipynb #dc63b495
 def _call(prog, func, *args):
     "Call a function, turn a user's mistakes into sentences"
     try: func(*args)
@@ -363,8 +359,7 @@ def _call(prog, func, *args):
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; finished runs are kept, repeat the command to "
-              "go on",
-              file=sys.stderr)
+              "go on", file=sys.stderr)
         return 130
     return 0
 

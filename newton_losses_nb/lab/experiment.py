@@ -57,11 +57,9 @@ def directions(
 
 METHODS = directions() # The methods by name, with default settings
 
-# %% ../../nbs/lab/03_experiment.ipynb #d88dc175
-def one_of(
-    *known, # The values that are allowed
-):          # A check
-    "One of some values"
+# %% ../../nbs/lab/03_experiment.ipynb #49fa9e0d
+def one_of(*known): # The values that are allowed
+    "Check for one of some values"
     values = {str(v): v for v in known}
     def check(name, v):
         if str(v) in values: return values[str(v)]
@@ -75,35 +73,27 @@ def _number(kind, v):
         if isinstance(v, str): return kind(v)
     return v
 
-def whole(
-    low:int, # Smallest value
-):           # A check
-    "A whole number"
+def whole(low:int): # Smallest value
+    "Check for a whole number"
     def check(name, v):
         v = _number(int, v)
         if isinstance(v, int) and v >= low: return v
         raise ValueError(f"{name}: expected a whole number, at least {low}, got {v!r}")
     return check
 
-def positive(
-    name, # Of the setting
-    v,    # Its value
-):        # The value
-    "Check for a positive number"
+def positive(name, v):
+    "Check that the setting `name` has a positive number `v`"
     v = _number(float, v)
     if isinstance(v, (int, float)) and 0 < v < math.inf: return v
     raise ValueError(f"{name}: expected a positive number, got {v!r}")
 
-def damping_or_rule(
-    name, # Of the setting
-    v,    # Its value
-):        # The value
-    "Check for λ: a number, the name of a rule, or a function"
+def damping_or_rule(name, v):
+    "Check λ, the value `v` of `name`: a number, the name of a rule, or a function"
     number = _number(float, v)
     if not isinstance(number, str) or v in RULES: return number
     raise ValueError(f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
 
-# %% ../../nbs/lab/03_experiment.ipynb #8bdd9f29
+# %% ../../nbs/lab/03_experiment.ipynb #13a8e0b1
 def setting(
     default,                  # Its value where none is given
     help:str,                 # What it is
@@ -134,18 +124,12 @@ class Settings:
         "The configuration `c` with what follows from it; unused entries become None"
         return c
 
-    def method_settings(self):
-        "`lam` and `max_norm`, checked, and None where the method has none"
-        direction = self.directions(self.lam, self.max_norm)[self.method]
-        has = functools.partial(hasattr, getattr(direction, "direction", direction))
-        return {k: getattr(self, k) if has(k) else None for k in ("lam", "max_norm")}
-
     @staticmethod
     def exists(**choice):
         "Is there such a run?"
         return True
 
-# %% ../../nbs/lab/03_experiment.ipynb #75e9a79e
+# %% ../../nbs/lab/03_experiment.ipynb #3e3eda4a
 @patch(cls_method=True)
 def config(
     cls:Settings,
@@ -156,7 +140,11 @@ def config(
     s = cls(*args, **given)
     known = {f.name: getattr(s, f.name) for f in fields(s)
              if f.metadata["always"] or getattr(s, f.name) != f.default}
-    return s.complete(known)
+    direction = s.directions(s.lam, s.max_norm)[s.method]
+    direction = getattr(direction, "direction", direction)
+    own = {k: getattr(s, k) if hasattr(direction, k) else None
+           for k in ("lam", "max_norm")}
+    return s.complete(known | own)
 
 @patch(cls_method=True)
 def grid(
@@ -366,7 +354,7 @@ class Training:
         self.streams, self.ahead = [t.indices() for t in tasks], torch.empty(0)
         self.call, self.done = None, 0
 
-# %% ../../nbs/lab/03_experiment.ipynb #e20af730
+# %% ../../nbs/lab/03_experiment.ipynb #7dd3f030
 @patch
 def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"]:
     "One step of all networks; losses, norms of the parameter gradients, and cosines"
@@ -383,7 +371,6 @@ def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"
     self.opt.step()
     value = value.detach().masked_fill(~self.complete.last, torch.nan)
     G, D = (x.flatten(1) for x in self.loss.sent)
-    # of what was sent and the gradient
     cosine = torch.cosine_similarity(D, G, 1, 1e-300)
     return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
 
@@ -423,7 +410,7 @@ def _draw(self:Training):
     if self.task.device.type != "cuda": return block
     return block.pin_memory().to(self.task.device, non_blocking=True)
 
-# %% ../../nbs/lab/03_experiment.ipynb #16264396
+# %% ../../nbs/lab/03_experiment.ipynb #f5b5c748
 FAILURES = ( # Errors that end a run
     NonFiniteError, SingularError, torch.linalg.LinAlgError)
 
@@ -447,6 +434,7 @@ class Run:
     def fail(self, e):
         "Note why it ended"
         self.error = f"after step {self.curves['step'][-1] if self.curves else 0}: {e}"
+
     def finish(self, data, forward):
         "Score the best weights on the test data"
         score, step, weights = self.best
@@ -504,7 +492,7 @@ def fit(
         for run in runs: run.attempt(run.finish, data, forward)
     return runs
 
-# %% ../../nbs/lab/03_experiment.ipynb #03a274b1
+# %% ../../nbs/lab/03_experiment.ipynb #72d18312
 def records_of(
     tasks:list,            # Tasks that differ in the seed
     env:dict,              # From `environment`
@@ -520,14 +508,11 @@ def records_of(
         return {"format": 1, "key": t.key, "status": "failed" if run.error else "ok",
                 "error": run.error, "config": t.config, "data_source": t.source, **env,
                 "curves": run.curves, "result": run.result, **beside,
-                "seconds": seconds,
-                "finished": now}
+                "seconds": seconds, "finished": now}
     return [record(run) for run in runs]
 
-# %% ../../nbs/lab/03_experiment.ipynb #58396cba
-def _seed_groups(
-    tasks:list,    # Tasks
-) -> list[list]:   # Groups of tasks
+# %% ../../nbs/lab/03_experiment.ipynb #56904e5c
+def _seed_groups(tasks):
     "Tasks whose configurations differ in the seed only, together"
     groups = {}
     for t in tasks:
@@ -537,7 +522,7 @@ def _seed_groups(
 
 def run_title(
     c:dict, # Configuration
-) -> str:  # Relaxation or loss, and method
+) -> str:   # Relaxation or loss, and method
     "A short name for the runs that differ in the seed"
     return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
 

@@ -60,19 +60,21 @@ def small_ranking_net() -> nn.Module: # Maps `(..., 1, 7, 28)` to `(...)`
 # Networks and `pool`
 NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4))
 
-# %% ../../nbs/lab/01_models.ipynb #6c39b142
+# %% ../../nbs/lab/01_models.ipynb #2375d098
 def make_network(
     name:str,   # A name in `networks`
     seed:int,   # Seed of the initial weights
     networks:dict=NETWORKS, # Constructors by name, alone or first in a tuple
+    **options,  # Of the constructor
 ) -> nn.Module: # The network, on the CPU
     "A new network whose initial weights depend on the seed alone"
     if name not in networks: raise ValueError(
         f"network: expected one of {', '.join(networks)}, got {name!r}")
     new = networks[name]
+    new = new[0] if isinstance(new, tuple) else new
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         torch.default_generator.manual_seed(seed)
-        return new[0]() if isinstance(new, tuple) else new()
+        return new(**options)
 
 # %% ../../nbs/lab/01_models.ipynb #317fe4eb
 class BasicBlock(nn.Module):

@@ -96,7 +96,7 @@ def _problem(r):
     if r["status"] == "ok" and not r["result"]:
         return f"status 'ok', but there is no result; {_mend}"
 
-# %% ../../nbs/lab/02_records.ipynb #4da021b9
+# %% ../../nbs/lab/02_records.ipynb #f20824c9
 def _read_file(f):
     "The records of one file, in order"
     *lines, last = f.read_bytes().split(b"\n")
@@ -119,8 +119,7 @@ def _files(p):
     if files := sorted(p.glob("*.jsonl")): return files
     below = sorted({str(f.parent) for f in p.rglob("*.jsonl")})
     raise FileNotFoundError(f"paths: the folder {str(p)!r} holds no .jsonl files of "
-                            "results"
-                            + f"; these do: {', '.join(below)}"*bool(below))
+                            "results" + f"; these do: {', '.join(below)}"*bool(below))
 
 def read_runs(
     paths,       # A folder (all its .jsonl files), a file, or a list of these
@@ -200,7 +199,7 @@ def nl_colab(
                 "then run this notebook from the top.")
     return 0
 
-# %% ../../nbs/lab/02_records.ipynb #72565af7
+# %% ../../nbs/lab/02_records.ipynb #5a4f852d
 def results_folder(
     name:str, # Which results, such as "sorting"
 ) -> Path:    # `runs/name`, on Drive if possible
@@ -211,7 +210,7 @@ def results_folder(
     try: drive.mount("/content/drive")
     except Exception as e:
         print(f"Google Drive is not used ({e or type(e).__name__}). Results stay on "
-              "this machine: "
-              f"pack them with `!zip -r results.zip {folder}`, then download the file.")
+              f"this machine: pack them with `!zip -r results.zip {folder}`, then "
+              "download the file.")
         return folder
     return Path("/content/drive/MyDrive/newton_losses_nb")/folder

@@ -20,9 +20,8 @@ from scipy.stats import ttest_rel
 from ..core.newton import Fisher
 from .experiment import METHODS
 
-# %% ../../nbs/lab/04_report.ipynb #739fa750
-# Entries of a configuration that belong to the method, not to the setting
-_method_fields = (
+# %% ../../nbs/lab/04_report.ipynb #d5b21acf
+_method_fields = ( # Entries that belong to the method, not to the setting
     "lam", "max_norm", "gain", "eigenvalues", "average")
 
 def _fields(d, keys): return [f"{k}={d[k]}" for k in keys if d.get(k) is not None]
@@ -77,12 +76,12 @@ def group_runs(
     rows = [(*k, found[k]) for k in order]
     return pd.DataFrame(rows, columns=["setting", "method", "seed", "run"])
 
-# %% ../../nbs/lab/04_report.ipynb #d20309dc
+# %% ../../nbs/lab/04_report.ipynb #aed6d39c
 def _describe(values):
     "Number of finished runs, mean, standard deviation (n-1), median and quartiles"
-    d = pd.Series(values, dtype=float).describe()
-    names = {"mean": "mean", "std": "std", "median": "50%", "q25": "25%", "q75": "75%"}
-    return dict(runs=int(d["count"])) | {k: d[v] for k, v in names.items()}
+    d = pd.Series(values, dtype=float).describe().drop(["min", "max"])
+    names = {"count": "runs", "50%": "median", "25%": "q25", "75%": "q75"}
+    return d.rename(names).to_dict() | dict(runs=int(d["count"]))
 
 # %% ../../nbs/lab/04_report.ipynb #a3ae095e
 def paired_test(
@@ -99,17 +98,15 @@ def paired_test(
     lo, hi = test.confidence_interval(0.95)
     return row | dict(lo=lo, hi=hi, p=test.pvalue)
 
-# %% ../../nbs/lab/04_report.ipynb #c821f48c
+# %% ../../nbs/lab/04_report.ipynb #9ca798ec
 def holm(
     p,            # p-values; NaN where unknown
 ) -> np.ndarray:  # Corrected p-values in the same order; NaN stays NaN
     "Holm's correction for several comparisons"
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p)[:np.sum(~np.isnan(p))]
-    out = np.full_like(p, np.nan)
-    scaled = p[order] * np.arange(len(order), 0, -1)
-    out[order] = np.maximum.accumulate(scaled).clip(max=1)
-    return out
+    p = pd.Series(np.asarray(p, dtype=float))
+    known = p.dropna().sort_values()
+    scaled = known*np.arange(len(known), 0, -1)
+    return scaled.cummax().clip(upper=1).reindex(p.index).to_numpy()
 
 # %% ../../nbs/lab/04_report.ipynb #052279a7
 def _in_percent(metric): return metric.endswith(("_match", "_optimality"))
@@ -369,7 +366,7 @@ def plot_curves(
                title="line: mean over the finished runs; band: lowest run to highest")
     return fig
 
-# %% ../../nbs/lab/04_report.ipynb #49c53089
+# %% ../../nbs/lab/04_report.ipynb #17095aa8
 def write_report(
     runs:list[dict],          # Records, as from `read_runs`
     out:str|Path,             # Folder for the files; made if there is none
@@ -388,8 +385,8 @@ def write_report(
         files[0].write_text(page, encoding="utf-8")
         table.assign(metric=metric).to_csv(files[1], index=False)
         for x in axes:
-            fig, new = plot_curves(runs, metric,
-                                   x), [out/f"curves_{x}.{k}" for k in kinds]
+            fig = plot_curves(runs, metric, x)
+            new = [out/f"curves_{x}.{k}" for k in kinds]
             for f in new: fig.savefig(f, dpi=150)
             files += new
     except OSError as e: raise ValueError(
