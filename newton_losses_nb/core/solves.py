@@ -126,8 +126,14 @@ def _gram_step(K, e, G, lam):
     return (G - torch.cholesky_solve(A @ G.mT, L).mT @ A)/lam[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
-def fisher_step(e:Evidence, G:Float[Tensor, "*b N m"], lam, power=1., K=None):
-    "Rows (F + λI)^-power G, NaN if singular; with K = gram(e.mean) for λ not tiny"
+def fisher_step(
+    e:Evidence,                # Sums over the samples, with their gradients as rows
+    G:Float[Tensor, "*b N m"], # Gradients of the samples here
+    lam:Float[Tensor, "*b"],   # Damping λ
+    power:float=1.,            # Power p: 1 is Newton's step, 1/2 whitens
+    K:Float[Tensor, "*b k k"]|None=None, # gram(e.mean), if λ is not tiny beside it
+) -> Float[Tensor, "*b N m"]:  # Rows (F + λI)^(-p) G_i; NaN where F + λI is singular
+    "Directions from the gradients of a Fisher (paper, Definition 2)"
     if power != 1: return spectral_step(G, *_row_spectrum(e.mean), lam, power)
     return _row_step(e, G, lam) if K is None else _gram_step(K, e, G, lam)
 
