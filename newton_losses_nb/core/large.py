@@ -68,7 +68,7 @@ class _Products(NamedTuple):
         return _Products(self.sums.pooled(group), self.parts, group)
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
-        "Products with the mean Hessian, each entry over the samples that have it"
+        "Products with the mean Hessian C"
         root = self.sums.count.where(self.sums.count > 0, 1).sqrt().unsqueeze(-2)
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root

@@ -103,7 +103,7 @@ class Fisher(Damped):
         return fisher_step(e, G, lam, K=gram(e.mean))
 
 class Hessian(Damped):
-    "(H + λI)^(-p) G with the mean Hessian H (paper, Definition 1)"
+    "(H̄ + λI)^(-p) G with the mean Hessian H̄ (paper, Definition 1)"
     second = "full"
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  eigenvalues:str="raw",    # Negative ones: raw, abs or clip
