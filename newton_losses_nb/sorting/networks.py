@@ -36,10 +36,10 @@ def _optimal(v):
 def _log_gaussian(v):
     edge = -30. if v.dtype == torch.float64 else -10.
     far = v.where(v < edge, edge)                # no clamp: at ties its slope is 0 or 1
-    u = far.pow(-2)
+    near, u = v.where(~(v < edge), edge), far.pow(-2)
     series = -u*(1 - u*(3 - u*(15 - u*105)))
     tail = -far.square()/2 - (-far).log() - math.log(2*math.pi)/2 + series.log1p()
-    return torch.where(v < edge, tail, torch.special.log_ndtr(v.where(v >= edge, edge)))
+    return torch.where(v < edge, tail, torch.special.log_ndtr(near))
 
 # %% ../../nbs/sorting/01_networks.ipynb #5b80e3d4
 SIGMOIDS = {"logistic": (torch.sigmoid, F.logsigmoid),
