@@ -198,3 +198,35 @@ def test_negative_curvature_makes_no_long_step(fixed):
     loss = NewtonLoss(lambda y: (y.square() - 1).square().sum(1)/4, "hessian")
     for _ in range(200): y = y - .3*loss.directions(y)[1]
     torch.testing.assert_close(y, torch.ones_like(y))
+
+@pytest.mark.parametrize("kind", ("fisher", "hessian"))
+def test_explicit_sums_with_a_mask(kind):
+    "What a sample lacks is zero in the sums that tell noise from curvature, and not counted in the mean"
+    y, u = data(30)
+    mask = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)) < .7
+    mask[:, 0] = True
+    loss = lambda y, u: ((y - u)/UNITS[:y.shape[1]].to(y)).pow(4).sum(-1) + y.sum(-1).tanh()  # of sets of any size
+    direction = {"fisher": Fisher(), "hessian": Hessian(eigenvalues="abs")}[kind]
+    G, H = torch.zeros_like(y), torch.zeros(30, 4, 4).to(y)
+    for i, real in enumerate(mask):
+        a, b = y[i, real][None], u[i, real][None]
+        at = real.nonzero()[:, 0]
+        G[i, at] = torch.func.grad(lambda x: loss(x, b).sum())(a)[0]
+        H[i][at[:, None], at] = torch.func.hessian(lambda x: loss(x, b).sum())(a)[0, :, 0]
+    each = [torch.outer(g, g) for g in G] if kind == "fisher" else list(H)
+    N, m, n = 30, 4, mask.sum(0).to(y)
+    C = sum(each)/(n[:, None]*n).sqrt()
+    e = torch.linalg.eigvalsh(C).abs()
+    noise = (sum(c.square().sum() for c in each)/N/(sum(each)/N).square().sum() - 1)/(N - 1)
+    rho = noise/(1 - m*e.mean()**2/e.square().sum())
+    lam = e.mean()*rho/(1 - rho)
+    assert 0 < rho < 1
+    assert_close(OutputLoss(loss, direction).directions(y, u, mask=mask)[1][mask],
+                 auto_by_number(loss, direction, lam, e.mean(), G)(y, u, mask)[mask])
+
+def auto_by_number(loss, direction, lam, mu, G):
+    "The same direction with λ as a number, and the length of an automatic one"
+    length = G.norm(dim=1)
+    even = length.sqrt().mean()**2/length.square().mean().sqrt()
+    fixed = type(direction)(lam.item(), **({"eigenvalues": "abs"} if isinstance(direction, Hessian) else {}))
+    return lambda y, u, mask: even*(mu + lam)*OutputLoss(loss, fixed).directions(y, u, mask=mask)[1]

@@ -105,10 +105,10 @@ class Krylov(Damped):
             size = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
             return damping(self.lam, s, size)
         if self.lam != "auto": return damping(self.lam, s)
-        P = s.total/s.samples.clamp_min(1)[..., None, None]
-        size, trace = P.square().sum(-1).mean(-1), (V*P).sum(-1).mean(-1)
+        N, total = s.samples.clamp_min(1), s.total.square().sum(-1).mean(-1)
+        size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N
         even = (trace.square()/s.outputs).minimum(size)
-        return auto_damping(s, (size/s.outputs).sqrt(), size, even)
+        return auto_damping(s, (size/s.outputs).sqrt(), size, even, total)
 
     def forward(self, e, G, mask=None):
         start, N = 0, G.shape[-2]

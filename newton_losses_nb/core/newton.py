@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
 from .derivatives import random_signs, sample_losses
-from .evidence import Batch, Evidence, Group, SingularError
-from .solves import SPECTRA, choice, damping, fisher_step, gram
+from .evidence import Batch, Evidence, Group, SingularError, gram
+from .solves import SPECTRA, choice, damping, fisher_step
 from .solves import number, spectral_step, spectrum
 
 # %% ../../nbs/core/04_newton.ipynb #01d46a3a
