@@ -3,18 +3,25 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 
-TOGETHER = ("lab/13_cli",)
+PROCESSES = ("test_processes", "test_core_processes", "test_distributed_loss", "test_frameworks")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     "With several workers: a notebook goes to whoever is free, a file of tests to one worker, and all that starts processes to the same one"
-    for item in items:
-        file = item.path.stem
-        if file == "test_notebooks": group = "processes" if any(o in item.name for o in TOGETHER) else item.name
-        else: group = "processes" if file in ("test_processes", "test_core_processes", "test_distributed_loss", "test_frameworks") else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = Path(nodeid.partition("::")[0]).stem
+            if file in PROCESSES or "test_nb[lab/13_cli]" in nodeid: return "processes"
+            return nodeid if file == "test_notebooks" else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
