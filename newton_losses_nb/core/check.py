@@ -310,7 +310,8 @@ def _ask_second(p):
 # %% ../../nbs/core/07_check.ipynb #68b108c7
 def _ask_single(p):
     n, off = p.narrow, {}
-    pieces = {"value": (n.values(n.y)[:, None], None), "gradient": (n.gradient(n.y), p.G)}
+    pieces = {"value": (n.values(n.y)[:, None], None),
+              "gradient": (n.gradient(n.y), p.G)}
     if p.HV is not None: pieces["Hessian"] = n.products(p.V.float()), p.HV
     for name, (x, exact) in pieces.items():
         x = x[..., p.good, :].double()
