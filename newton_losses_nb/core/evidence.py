@@ -35,13 +35,14 @@ class Batch(NamedTuple):
         if self.weight is not None: return self.taken.sum(-1).to(self.G)
         return self.G.new_full(self.G.shape[:-2], self.G.shape[-2])
 
-# %% ../../nbs/core/02_evidence.ipynb #3a42c69c
+# %% ../../nbs/core/02_evidence.ipynb #6ea0b002
 def gram(
     A:Float[Tensor, "*b M m"] # Rows
 ) -> Float[Tensor, "*b k k"]: # The smaller of AᵀA and AAᵀ
     "Inner products of columns, or of rows if these are fewer"
     return A @ A.mT if A.shape[-2] < A.shape[-1] else A.mT @ A
 
+# %% ../../nbs/core/02_evidence.ipynb #3a42c69c
 def _at_least_tiny(x): return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 class Evidence(NamedTuple):
