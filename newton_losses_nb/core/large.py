@@ -107,8 +107,8 @@ class Krylov(Damped):
         if self.lam != "auto": return damping(self.lam, s)
         N, total = s.samples.clamp_min(1), s.total.square().sum(-1).mean(-1)
         size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N
-        even = (trace.square()/s.outputs).minimum(size)
-        return auto_damping(s, (size/s.outputs).sqrt(), size, even, total)
+        even = (trace.square()/s.outputs/size).clamp_max(1)
+        return auto_damping(s, (size/s.outputs).sqrt(), even, total)
 
     def forward(self, e, G, mask=None):
         start, N = 0, G.shape[-2]

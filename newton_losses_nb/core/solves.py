@@ -35,8 +35,7 @@ def choice(name:str, x, choices) -> str:
 def auto_damping(
     e:Evidence,               # Sums over the samples
     mu:Float[Tensor, "*b"],   # Mean size μ of the eigenvalues
-    size:Float[Tensor, "*b"], # ‖C‖²
-    even:Float[Tensor, "*b"], # Its part mμ²
+    even:Float[Tensor, "*b"], # Their evenness mμ²/‖C‖²; 1: all of one size
     total:Float[Tensor, "*b"], # ‖ΣC_i‖², N²‖C‖² if all samples have all outputs
     power:float=1.,           # Power of the direction
     least=0.,                 # Least λ, in units of μ
@@ -44,11 +43,12 @@ def auto_damping(
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ by Ledoit and Wolf, and the factor that gives a direction its length"
     N = e.samples
-    noise = size*(N*e.spread/total - 1)/(N - 1)
-    ratio = (noise/(size - even - noise).clamp_min(0)).nan_to_num(1e6).clamp(1e-6, 1e6)
-    lam = lift + mu*ratio.where(N > 1, 1).clamp_min(least)
-    lam = lam + (mu == 0)                        # without curvature any λ: the gradient
-    return lam, (e.evenness*(mu + lam)**power)[..., None, None]
+    noise = (N*e.spread/total - 1.)/(N - 1.)     # β²/‖C‖², where δ²/‖C‖² = 1 − even
+    ratio = (noise/(1. - even - noise).clamp_min(0)).nan_to_num(1e6).clamp(1e-6, 1e6)
+    lam = mu*ratio.masked_fill(N <= 1., 1.).clamp_min(least) + lift
+    lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
+    length = mu + lam if power == 1 else (mu + lam)**power
+    return lam, (e.evenness*length)[..., None, None]
 
 def damping(
     lam,                    # A number, "auto", or a function
@@ -63,10 +63,10 @@ def damping(
         if eigenvalues is not None:
             a, lift = eigenvalues.abs(), -2*eigenvalues.amin(-1).clamp_max(0)
             mu, size = a.sum(-1)/m, a.square().sum(-1)
-            return auto_damping(e, mu, size, m*mu*mu, e.size, power, lift=lift)
+            return auto_damping(e, mu, m*mu*mu/size, e.size, power, lift=lift)
         mu, size = K.diagonal(dim1=-2, dim2=-1).sum(-1)/m, K.square().sum((-2, -1))
-        least = m/e.samples.sqrt() - 1
-        return auto_damping(e, mu, size, m*mu*mu, e.size, power, least)
+        least = m/e.samples.sqrt() - 1.
+        return auto_damping(e, mu, m*mu*mu/size, e.size, power, least)
     square = e.mean_square
     found = lam(square, eigenvalues) if callable(lam) else lam
     if not isinstance(found, Tensor):
