@@ -1,12 +1,13 @@
 "Second-order gradients for losses that contain an algorithm: Newton losses in PyTorch"
 __version__ = "0.2.0"
 
+from .core.directions import (
+    Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Normalize, PerSample, Scalar,
+    Whiten)
 from .core.newton import (
-    ClippedLoss, Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, NewtonLoss,
-    Normalize, NormalizedLoss, OutputLoss, PerSample, Scalar, ScalarStepLoss, Whiten, inject_fisher,
+    ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss, ScalarStepLoss, inject_fisher,
     newton_direction, newton_target)
-from .core.memory import MovingAverage, Remembering, Window
-from .core.large import Krylov
+from .core.more import Krylov, MovingAverage, Remembering, Window
 from .core.check import check_loss
 from .sorting.losses import (
     SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation)

@@ -14,7 +14,8 @@ from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, 
                                         _reorder, forget, run_ablation, _wrong_orders)
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit, run_all
-from newton_losses_nb.core.newton import Fisher, OutputLoss
+from newton_losses_nb.core.directions import Fisher
+from newton_losses_nb.core.newton import OutputLoss
 from newton_losses_nb.lab.report import paired_test
 from newton_losses_nb.lab.tasks import sorting_config
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation

@@ -114,13 +114,13 @@ def test_a_quick_solve_is_asked_again_with_care():
 HOOK = """
 from jaxtyping import install_import_hook
 with install_import_hook("newton_losses_nb.core", "beartype.beartype"):
-    from newton_losses_nb.core import derivatives, evidence, solves, newton, memory, large, check
+    from newton_losses_nb.core import derivatives, evidence, solves, directions, newton, more, check
 import itertools
 import numpy as np
 import torch
 from newton_losses_nb import *
 
-try: newton.Fisher(power=[])
+try: directions.Fisher(power=[])
 except Exception as e: assert type(e).__name__ == "TypeCheckError", e
 else: raise SystemExit("the hook does nothing")
 
@@ -162,7 +162,7 @@ torch.func.vmap(torch.func.grad(NewtonLoss(ce, "hessian")))(*lead)
 ClippedLoss(ce, 1), NormalizedLoss(ce), ScalarStepLoss(ce, 1)
 NewtonLoss(ce, "hessian", 1, "abs", 5, False, "skip", None)
 NewtonLoss(ce)(y.bfloat16().requires_grad_(), t).backward()
-large.conjugate_gradient(lambda V: V, torch.randn(3, 4), torch.ones(3))
+more.conjugate_gradient(lambda V: V, torch.randn(3, 4), torch.ones(3))
 check_loss(ce, y, t)
 print("all held")
 """

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Krylov, MovingAverage, Normalize, NewtonLoss, OutputLoss, PerSample, Remembering,
     Scalar, Whiten, Window, inject_fisher, newton_direction)
-from newton_losses_nb.core.large import conjugate_gradient
+from newton_losses_nb.core.more import conjugate_gradient
 
 D, F32 = torch.double, torch.float
 many = lambda n, *draws: lambda test: settings(max_examples=n, deadline=None, derandomize=True)(given(*draws)(test))

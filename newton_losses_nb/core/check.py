@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .derivatives import check_outputs, derivatives
+from .directions import Direction, Fisher, Whiten
 from .newton import (
-    ClippedLoss, Direction, Fisher, NewtonLoss, NormalizedLoss, OutputLoss, Whiten)
+    ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
 
 # %% ../../nbs/core/07_check.ipynb #fae74257
 def _reachable(root, limit=10_000):

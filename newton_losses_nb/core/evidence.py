@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
+from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -43,8 +45,6 @@ def gram(
     return A @ A.mT if A.shape[-2] < A.shape[-1] else A.mT @ A
 
 # %% ../../nbs/core/02_evidence.ipynb #3a42c69c
-def _at_least_tiny(x): return x.clamp_min(torch.finfo(x.dtype).tiny)
-
 class Evidence(NamedTuple):
     "Sums over samples"
     square: Float[Tensor, "*b m"]|None = None # Squared gradients
@@ -79,50 +79,48 @@ class Evidence(NamedTuple):
 
     def __rmul__(self, w:float): return self.map(lambda x: w*x, lambda x: w**.5*x)
 
-    def pooled(self, group:"Group") -> "Evidence":
-        "The sum over processes"
-        if group.size == 1 or self.square is None: return self
-        widths = group.gather(self.square.shape[-1], self.square.device)
-        if len(set(widths)) > 1: raise ValueError(
-            f"y: expected equally many outputs in all processes, got {widths}")
-        return self.map(group.add, lambda x: group.cat(x)[0])
+# %% ../../nbs/core/02_evidence.ipynb #a13a059c
+def _at_least_tiny(x): return x.clamp_min(torch.finfo(x.dtype).tiny)
 
-    def cut(self, real:Bool[Tensor, "m"]) -> "Evidence":
-        "Of one batch, some outputs"
-        e = self.map(lambda x: x[..., real] if x.ndim else x)
-        full = e.total is not None and e.total.ndim > 1
-        return e._replace(total=e.total[real]) if full else e
+@patch(as_prop=True)
+def mean(self:Evidence) -> Float[Tensor, "..."]:
+    "Mean curvature C; if rows are kept, a matrix A with AᵀA = C"
+    n = _at_least_tiny(self.count)               # a sum over none is zero
+    if self.total is not None and self.total.ndim == n.ndim: return self.total/n
+    n = n.sqrt().unsqueeze(-2)
+    return self.rows/n if self.total is None else self.total/n/n.mT
 
-    @property
-    def mean(self) -> Float[Tensor, "..."]:
-        "Mean curvature C; if rows are kept, a matrix A with AᵀA = C"
-        n = _at_least_tiny(self.count)               # a sum over none is zero
-        if self.total is not None and self.total.ndim == n.ndim: return self.total/n
-        n = n.sqrt().unsqueeze(-2)
-        return self.rows/n if self.total is None else self.total/n/n.mT
+# %% ../../nbs/core/02_evidence.ipynb #24493b66
+@patch
+def cut(self:Evidence, real:Bool[Tensor, "m"]) -> Evidence:
+    "Of one batch, some outputs"
+    e = self.map(lambda x: x[..., real] if x.ndim else x)
+    full = e.total is not None and e.total.ndim > 1
+    return e._replace(total=e.total[real]) if full else e
 
-    @property
-    def outputs(self) -> Float[Tensor, "*b"]:
-        "How many outputs some sample has"
-        return self.count.sign().sum(-1).clamp_min(1)
+# %% ../../nbs/core/02_evidence.ipynb #69841c84
+@patch(as_prop=True)
+def outputs(self:Evidence) -> Float[Tensor, "*b"]:
+    "How many outputs some sample has"
+    return self.count.sign().sum(-1).clamp_min(1)
 
-    @property
-    def mean_square(self) -> Float[Tensor, "*b"]:
-        "Mean over outputs of the mean squared gradient"
-        return (self.square/_at_least_tiny(self.count)).sum(-1)/self.outputs
+@patch(as_prop=True)
+def mean_square(self:Evidence) -> Float[Tensor, "*b"]:
+    "Mean over outputs of the mean squared gradient"
+    return (self.square/_at_least_tiny(self.count)).sum(-1)/self.outputs
 
-    @property
-    def size(self) -> Float[Tensor, "*b"]:
-        "Squared size ‖ΣC_i‖² of the sum of the curvatures"
-        C = gram(self.rows) if self.total is None else self.total
-        return C.square().flatten(self.samples.ndim).sum(-1)
+@patch(as_prop=True)
+def size(self:Evidence) -> Float[Tensor, "*b"]:
+    "Squared size ‖ΣC_i‖² of the sum of the curvatures"
+    C = gram(self.rows) if self.total is None else self.total
+    return C.square().flatten(self.samples.ndim).sum(-1)
 
-    @property
-    def evenness(self) -> Float[Tensor, "*b"]:
-        "(mean √length)² of the gradients over their root mean square, at most 1"
-        N = self.samples.clamp_min(1)
-        length = (self.square.sum(-1)/N).sqrt()
-        return (self.roots/N).square()/_at_least_tiny(length)
+@patch(as_prop=True)
+def evenness(self:Evidence) -> Float[Tensor, "*b"]:
+    "(mean √length)² of the gradients over their root mean square, at most 1"
+    N = self.samples.clamp_min(1)
+    length = (self.square.sum(-1)/N).sqrt()
+    return (self.roots/N).square()/_at_least_tiny(length)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
@@ -177,3 +175,12 @@ class Group:
             "y: expected finite numbers, an invertible C + λI and no error; see the "
             "output of another process, which failed")
         return result
+
+@patch
+def pooled(self:Evidence, group:Group) -> Evidence:
+    "The sum over processes"
+    if group.size == 1 or self.square is None: return self
+    widths = group.gather(self.square.shape[-1], self.square.device)
+    if len(set(widths)) > 1: raise ValueError(
+        f"y: expected equally many outputs in all processes, got {widths}")
+    return self.map(group.add, lambda x: group.cat(x)[0])

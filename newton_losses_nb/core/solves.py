@@ -50,6 +50,7 @@ def auto_damping(
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.evenness*length)[..., None, None]
 
+# %% ../../nbs/core/03_solves.ipynb #544d4c60
 def damping(
     lam,                    # A number, "auto", or a function
     e:Evidence,             # Sums over the samples
@@ -88,6 +89,7 @@ def _row_spectrum(A:Float[Tensor, "*b M m"]) -> tuple[Tensor, Tensor]:
     _, s, Vh = torch.linalg.svd(A.nan_to_num(0, 0, 0), full_matrices=False)
     return s.square() + (0*A).sum((-2, -1)).unsqueeze(-1), Vh.mT
 
+# %% ../../nbs/core/03_solves.ipynb #ca03d76b
 def spectral_step(
     G:Float[Tensor, "*b N m"],      # Gradients of the samples' own losses
     e:Float[Tensor, "*b k"],        # Eigenvalues of the curvature; others are zero
@@ -122,17 +124,6 @@ def _gram_step(K, e, G, lam):
     return (G - torch.cholesky_solve(A @ G.mT, L).mT @ A)/lam[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
-def fisher_step(
-    e:Evidence,                # Sums over the samples, with their gradients as rows
-    G:Float[Tensor, "*b N m"], # Gradients of the samples here
-    lam:Float[Tensor, "*b"],   # Damping λ
-    power:float=1.,            # Power p: 1 is Newton's step, 1/2 whitens
-    K:Float[Tensor, "*b k k"]|None=None, # gram(e.mean), if λ is not tiny beside it
-) -> Float[Tensor, "*b N m"]:  # Rows (F + λI)^(-p) G_i; NaN where F + λI is singular
-    "Directions from the gradients of a Fisher (paper, Definition 2)"
-    if power != 1: return spectral_step(G, *_row_spectrum(e.mean), lam, power)
-    return _row_step(e, G, lam) if K is None else _gram_step(K, e, G, lam)
-
 def _take(X, i): return X.gather(-2, i.unsqueeze(-1).expand(*i.shape, X.shape[-1]))
 
 def _row_step(e, G, lam):
@@ -154,6 +145,7 @@ def _row_step(e, G, lam):
     flat = size.amin(-1) <= R.shape[-1]*torch.finfo(R.dtype).eps*size.amax(-1)
     return D.masked_fill(((lam == 0) & (flat | wide))[..., None, None], torch.nan)
 
+# %% ../../nbs/core/03_solves.ipynb #5ca20af9
 def _own_rows(e, G, D, lam):
     "Of the directions of all rows those of G; for what is no row, from a spectrum"
     longest = G.abs().amax(-1).argmax(-1, keepdim=True)
@@ -163,3 +155,15 @@ def _own_rows(e, G, D, lam):
     even = (e.count == e.count[..., :1]).all(-1)[..., None, None]
     own = (_take(e.rows, at) == G).all(-1, keepdim=True) & even
     return _take(D, at).where(own, spectral_step(G, *_row_spectrum(e.mean), lam))
+
+# %% ../../nbs/core/03_solves.ipynb #2b5254b0
+def fisher_step(
+    e:Evidence,                # Sums over the samples, with their gradients as rows
+    G:Float[Tensor, "*b N m"], # Gradients of the samples here
+    lam:Float[Tensor, "*b"],   # Damping λ
+    power:float=1.,            # Power p: 1 is Newton's step, 1/2 whitens
+    K:Float[Tensor, "*b k k"]|None=None, # gram(e.mean), if λ is not tiny beside it
+) -> Float[Tensor, "*b N m"]:  # Rows (F + λI)^(-p) G_i; NaN where F + λI is singular
+    "Directions from the gradients of a Fisher (paper, Definition 2)"
+    if power != 1: return spectral_step(G, *_row_spectrum(e.mean), lam, power)
+    return _row_step(e, G, lam) if K is None else _gram_step(K, e, G, lam)

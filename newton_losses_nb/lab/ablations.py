@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.newton import Damped, OutputLoss, PerSample
+from ..core.directions import Damped, PerSample
+from ..core.newton import OutputLoss
 from ..core.solves import damping
 from .data import load_digits
 from newton_losses_nb.lab.experiment import (

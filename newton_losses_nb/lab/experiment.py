@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..core.derivatives import NonFiniteError, derivatives
 from ..core.evidence import SingularError
-from ..core.newton import (
-    Clip, Direction, Fisher, Hessian, Normalize, OutputLoss, Scalar, Whiten)
+from ..core.directions import (
+    Clip, Direction, Fisher, Hessian, Normalize, Scalar, Whiten)
+from ..core.newton import OutputLoss
 from .records import append_run, environment, open_results, run_key
 from ..paths.fenchel_young import draw_noise
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
 
-from ..core.newton import Fisher
+from ..core.directions import Fisher
 from .experiment import METHODS
 
 # %% ../../nbs/lab/04_report.ipynb #d5b21acf
