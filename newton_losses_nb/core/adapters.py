@@ -57,10 +57,10 @@ class _PerSample(nn.Module):
         found = getattr(loss, self.reduction)()
         if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6):
             raise ValueError(
-                f"reduction: expected the {self.reduction} of the samples' losses for the "
-                f"batch, {found.item():.6g}, got {whole.sum().item():.6g} (the other "
-                "reduction? weights, an ignored class, statistics of the batch, noise?); "
-                "check=False accepts it")
+                f"reduction: expected the {self.reduction} of the samples' losses, "
+                f"{found.item():.6g}, for the batch, got {whole.sum().item():.6g} (the "
+                "other reduction? weights, an ignored class, statistics of the batch, "
+                "noise?); check=False accepts it")
 
 # %% ../../nbs/core/08_adapters.ipynb #273a8bdf
 def per_sample(
