@@ -122,6 +122,7 @@ class Weighted(nn.Module):
     def forward(self, y, t): return ((y - t) @ self.A).square().sum(1)
 
 float_matrix = torch.diag(torch.tensor([1., 2., 3.]))
+system = random.SystemRandom()
 
 CASES = {  # loss -> expected values; None: no opinion
     "fine": (square, dict(ok=True, second="right")),
@@ -153,7 +154,7 @@ CASES = {  # loss -> expected values; None: no opinion
     "numpy noise": (lambda y, t: square(y, t)*(1 + np.random.rand()), {"ok": True, "repeatable": "noise", "second": "right"}),
     "python noise": (lambda y, t: square(y, t)*(1 + random.random()), {"ok": True, "repeatable": "noise", "second": "right"}),
     "dropout": (lambda y, t: square(F.dropout(y, 0.5), t), {"ok": True, "repeatable": "noise", "first": "right", "second": "right"}),
-    "entropy": (lambda y, t: square(y, t)*(1 + random.SystemRandom().random()), {"ok": False, "repeatable": "random", "second": "unknown"}),
+    "entropy": (lambda y, t: square(y, t)*(1 + system.random()), {"ok": False, "repeatable": "random", "second": "unknown"}),
     "nan region": (lambda y, t: (y[:, 0] + 0.5).log() + square(y, t), {"ok": False, "finite": "non-finite", "second": "right"}),
     "root at zero": (lambda y, t: (square(y, t)*(torch.arange(len(y)) > 0)).sqrt(), {"ok": False, "finite": "non-finite", "word": "first in sample 0"}),
     "all nan": (lambda y, t: square(y, t)*torch.nan, {"ok": False, "finite": "non-finite", "fatal": True}),

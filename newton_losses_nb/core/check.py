@@ -48,7 +48,8 @@ def _states(o):
     if isinstance(o, torch.Generator): return [(o.get_state, o.set_state)]
     np, generators = sys.modules.get("numpy"), [random.Random]
     if np: generators += [np.random.RandomState, np.random.BitGenerator]
-    if not isinstance(o, tuple(generators)): return []
+    if isinstance(o, random.SystemRandom) or not isinstance(o, tuple(generators)):
+        return []
     return [(o.__getstate__, o.__setstate__)]
 
 def _fixed_noise(root, device):
