@@ -50,7 +50,7 @@ def test_sources_are_lists_of_lines(tool):
     "Quarto joins the lines of a source that is one string: a whole cell becomes its heading"
     site = tool('site')
     cell = dict(cell_type='markdown', source='# Title\n\n$$a=b$$ {#eq-one}\n\nSee [[`f`](https://a.example/f.html#f)](f.ipynb) and [`_g`](https://a.example/f.html#_g).')
-    site.polish(cell)
+    site.polish(cell, set(), set())
     assert cell['source'] == ['# Title\n', '\n', '$$a=b$$ {#eq-one}\n', '\n', 'See [`f`](f.ipynb) and `_g`.']
     assert site.lines('a\n\nb\u2028c\n') == ['a\n', '\n', 'b\u2028c\n'] and site.lines('') == []
 
@@ -69,14 +69,16 @@ def test_what_nbdev_wrote(tool):
     assert again['source'][:2] == ['#| code-fold: true\n', '#| code-summary: "Source of Loss"\n']
     assert other['source'][0] == '#| code-fold: show\n'
     table = dict(cell_type='code', source='t', outputs=[dict(data={'text/html': '<style scoped>\n a\n\n b</style>\n<table></table>', 'text/plain': 't'})])
-    site.polish(table)
+    site.polish(table, set(), set())
     assert ''.join(table['outputs'][0]['data']['text/markdown']) == '```{=html}\n<table></table>\n```\n' and 'text/html' not in table['outputs'][0]['data']
 
 
 def test_log_of_quarto(tool, tmp_path):
     log = tmp_path/'quarto.log'
     log.write_text('[1/2] a.ipynb\n\x1b[33mWARNING: Unable to resolve link target: x.ipynb\x1b[39m\n[WARNING] Could not convert TeX math \\x\nOutput created\n')
-    assert len(tool('site').complaints(log)) == 2
+    site = tool('site')
+    site.complaints(log)
+    assert len(site.problems) == 2
 
 
 def test_names_are_in_the_search_box(tool, tmp_path):

@@ -5,10 +5,10 @@
 Links and anchors are Quarto's (`tools/site.py log`) and those between notebooks are tested (tests/test_package.py).
 Prints everything that is wrong and ends with 1 if something is. Needs playwright and a Chromium on the machine."""
 import functools, http.server, json, os, re, shutil, sys, threading
-from html.parser import HTMLParser
 from pathlib import Path
 
 import yaml
+from bs4 import BeautifulSoup
 
 root = Path(__file__).resolve().parent.parent
 problems = []
@@ -26,40 +26,18 @@ def titles():
         pages[page.as_posix()] = front['title']
     return pages
 
-class Page(HTMLParser):
-    "Pictures, sources from other servers, and the text outside of code of one page"
-    void = {'area', 'base', 'br', 'col', 'hr', 'img', 'input', 'link', 'meta', 'source', 'wbr'}
-
-    def __init__(self, path):
-        super().__init__()
-        self.bare, self.foreign, self.text, self.outputs, self.stack = [], [], [], [], []
-        self.feed(path.read_text(encoding='utf-8'))
-
-    def handle_starttag(self, tag, attrs):
-        a = dict(attrs)
-        src = a.get('href' if tag == 'link' else 'src') or ''
-        if tag == 'img' and not (a.get('alt') or '').strip(): self.bare.append(src)
-        loads = tag in ('script', 'iframe') or tag == 'link' and a.get('rel') in ('stylesheet', 'icon')
-        if loads and re.match(r'(https?:)?//', src): self.foreign.append(src)
-        if tag not in self.void: self.stack.append((tag, a.get('class') or ''))
-
-    def handle_endtag(self, tag):
-        while self.stack and any(t == tag for t, _ in self.stack):
-            if self.stack.pop()[0] == tag: break
-
-    def handle_data(self, data):
-        tags = {t for t, _ in self.stack}
-        if any('cell-output' in c for _, c in self.stack): self.outputs.append(data)
-        if not tags & {'pre', 'code', 'script', 'style', 'math', 'svg', 'head'}: self.text.append(data)
-
 def check_files(site):
     raw = re.compile(r'@(?:fig|eq|tbl)-\w+|\{#(?:fig|eq|tbl)-|\$\$|\\begin\b|\\\(|\?@\w+')
     for p in sorted(site.rglob('*.html')):
-        page, name = Page(p), p.relative_to(site).as_posix()
-        for src in page.bare: report(name, f'a picture without alt text ({src[:60]})')
-        for src in page.foreign: report(name, f'{src} comes from another server')
-        for m in raw.finditer(' '.join(page.text)): report(name, f'{m[0]} left in the text')
-        if 'Traceback (most recent call last)' in ''.join(page.outputs): report(name, 'a cell shows a traceback')
+        page, name = BeautifulSoup(p.read_bytes(), 'html.parser'), p.relative_to(site).as_posix()
+        for img in page.select('img:not([alt]), img[alt=""]'): report(name, f'a picture without alt text ({img["src"][:60]})')
+        for tag in page.select('script[src], iframe[src], link[rel=stylesheet], link[rel=icon]'):
+            src = tag.get('src') or tag.get('href', '')
+            if re.match(r'(https?:)?//', src): report(name, f'{src} comes from another server')
+        if any('Traceback (most recent call last)' in o.text for o in page.select('[class*=cell-output]')):
+            report(name, 'a cell shows a traceback')
+        for code in page(['pre', 'code', 'script', 'style', 'math', 'svg', 'head']): code.extract()
+        for m in raw.finditer(page.get_text(' ')): report(name, f'{m[0]} left in the text')
     found = json.loads((site/'search.json').read_text(encoding='utf-8')) if (site/'search.json').exists() else []
     if not any(e['section'] == 'NewtonLoss' for e in found):
         report('search.json', 'NewtonLoss has no entry of its own; first: python tools/site.py index SITE')
@@ -70,9 +48,9 @@ look = '''() => {
   const clips = e => ['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX)
   for (const e of main.querySelectorAll('*')) {
     if (!far(e) || e.parentElement !== main && far(e.parentElement)) continue   // the outermost one
-    let up = e.parentElement, inside = false
-    while (up && up !== main) { if (clips(up)) inside = true; up = up.parentElement }
-    if (!inside) out.push(`<${e.tagName.toLowerCase()} class="${e.className}"> ${(e.textContent || '').slice(0, 40)}`)
+    let up = e.parentElement
+    while (up !== main && !clips(up)) up = up.parentElement
+    if (up === main) out.push(`<${e.tagName.toLowerCase()} class="${e.className}"> ${(e.textContent || '').slice(0, 40)}`)
   }
   const words = document.createTreeWalker(main, NodeFilter.SHOW_TEXT)
   while (words.nextNode()) {
@@ -94,9 +72,8 @@ def chromium():
     return found or sys.exit('check_site: no Chromium found; name one with CHROMIUM=...')
 
 def serve(site):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site)))
+    quiet = type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f'http://127.0.0.1:{server.server_port}'
 
@@ -109,8 +86,7 @@ def check_page(tab, url, name, title, width):
     light, seen = tab.evaluate(background), tab.evaluate(look)
     tab.emulate_media(color_scheme='dark')
     for _ in range(40):                         # a script of the page changes the theme
-        dark = tab.evaluate(background)
-        if brightness(dark) < 60: break
+        if brightness(dark := tab.evaluate(background)) < 60: break
         tab.wait_for_timeout(50)
     if seen['title'] != title: report(name, f'its title is {seen["title"]!r}, the notebook says {title!r}')
     if not brightness(light) > 200 or not brightness(dark) < 60:

@@ -8,7 +8,7 @@
 
 Quarto makes the published site. Where it cannot be installed, smalldocs reads the same `_quarto.yml`; what it lacks
 is added here: page names, numbered figures, MathML and the bibliography (both by pandoc, as in Quarto)."""
-import ast, html, json, os, posixpath, re, shutil, subprocess, sys
+import ast, html, json, os, posixpath, re, shutil, sys
 from pathlib import Path
 
 import yaml
@@ -22,7 +22,9 @@ def process():
     "Notebooks with signatures, links and page names filled in, ready for a renderer"
     from nbdev.serve import proc_nbs
     os.chdir(root)
-    proc, types = proc_nbs(force=True), classes()
+    proc = proc_nbs(force=True)
+    trees = (ast.parse(p.read_text(encoding='utf-8')) for p in (root/'newton_losses_nb').rglob('*.py'))
+    types = {n.name for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}  # show_doc writes `def` for them too
     for p in proc.rglob('*.ipynb'):
         nb = json.loads(p.read_text(encoding='utf-8'))
         shown = set()
@@ -34,14 +36,8 @@ def lines(s):
     "Quarto joins the lines of a source that is one string, so each line is an entry, with its newline"
     return re.findall(r'[^\n]*\n|[^\n]+$', s)
 
-def classes():
-    "Names of the classes of the package: show_doc writes `def` for them too"
-    trees = (ast.parse(p.read_text(encoding='utf-8')) for p in (root/'newton_losses_nb').rglob('*.py'))
-    return {n.name for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
-
-def polish(cell, types=frozenset(), shown=None):
+def polish(cell, types, shown):
     "What nbdev wrote, as a renderer needs it; `shown` collects the names that have a signature"
-    shown = set() if shown is None else shown
     s = text(cell)
     if cell['cell_type'] == 'markdown': s = prose(s)
     for output in cell.get('outputs', []):
@@ -69,8 +65,7 @@ def documented(md, types):
 
 def folded(s, shown):
     "A source whose signature stands above it is folded"
-    try: names = [n.name for n in ast.parse(s).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    except SyntaxError: return s
+    names = [n.name for n in ast.parse(s).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     if not shown & set(names): return s
     s = s.replace('code-fold: show', 'code-fold: true')
     return s.replace('"Exported source"', f'"Source of {", ".join(names)}"')
@@ -83,7 +78,7 @@ def raw(page):
 def complaints(log):
     "Warnings of Quarto for what a reader would meet, from its log"
     plain = re.sub(r'\x1b\[[0-9;]*m', '', Path(log).read_text(encoding='utf-8'))
-    return [l.strip() for l in plain.splitlines() if re.search('Unable to resolve|Could not convert', l)]
+    problems.extend(re.findall(r'.*(?:Unable to resolve|Could not convert).*', plain))
 
 def index(site):
     "An entry of its own in the search box for every public name, beside those of pages and sections"
@@ -149,26 +144,22 @@ def adapt(nb, page, names):
             o['data']['text/markdown'] = links(md, names, posixpath.dirname(page))
     return nb
 
-def pandoc(*args, stdin=''):
-    import pypandoc
-    command = [pypandoc.get_pandoc_path(), *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding='utf-8', check=True).stdout
-
 def mathml(formulas):
     "MathML of each (display, TeX), by one run of pandoc; None where it cannot be converted"
+    from pypandoc import convert_text
     def block(display, tex):
         return {'t': 'Para', 'c': [{'t': 'Math', 'c': [{'t': 'DisplayMath' if display else 'InlineMath'}, tex]}]}
-    api = json.loads(pandoc('-t', 'json'))['pandoc-api-version']
-    doc = json.dumps({'pandoc-api-version': api, 'meta': {}, 'blocks': [block(*f) for f in formulas]})
-    out = pandoc('-f', 'json', '-t', 'html', '--mathml', '--wrap=none', stdin=doc)
+    doc = json.loads(convert_text('', 'json', 'markdown')) | dict(blocks=[block(*f) for f in formulas])
+    out = convert_text(json.dumps(doc), 'html', 'json', extra_args=['--mathml', '--wrap=none'])
     return [o if '<math' in o else None for o in re.findall(r'<p>(.*?)</p>', out, re.S)]
 
 def bibliography(folder):
     "The list of references, in the page with a `::: {#refs}` div"
-    page, bib = folder/'references.qmd', str(folder/'references.bib')
-    source = page.read_text(encoding='utf-8')
-    front = yaml.safe_load(source.split('---')[1])
-    md = pandoc('-f', 'markdown', '-t', 'commonmark_x', '--citeproc', '--wrap=none', '--bibliography', bib, stdin=source)
+    from pypandoc import convert_file
+    page = folder/'references.qmd'
+    front = yaml.safe_load(page.read_text(encoding='utf-8').split('---')[1])
+    args = '--citeproc', '--wrap=none', f'--bibliography={folder/"references.bib"}'
+    md = convert_file(page, 'commonmark_x', 'markdown', extra_args=args)
     head = yaml.safe_dump({k: front[k] for k in ('title', 'description')})
     page.write_text(f'---\n{head}---\n\n{md}', encoding='utf-8')
 
@@ -197,12 +188,11 @@ def offline(out='_docs'):
     out, proc, work, names = root/out, process(), root/'_offline', {}
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(proc, work)
-    for p in work.rglob('*.ipynb'):
-        nb, name = json.loads(p.read_text(encoding='utf-8')), p.relative_to(work).with_suffix('')
+    nbs = {p.relative_to(work).with_suffix(''): json.loads(p.read_text(encoding='utf-8')) for p in work.rglob('*.ipynb')}
+    for name, nb in nbs.items():
         m = re.search(r'^output-file: (\S+)\.html$', text(nb['cells'][0]), re.M)
         names[name.as_posix()] = name.with_name(m[1] if m else name.name).as_posix()
-    for name, page in names.items():
-        nb = json.loads((work/f'{name}.ipynb').read_text(encoding='utf-8'))
+    for (name, page), nb in zip(names.items(), nbs.values()):
         (work/f'{name}.ipynb').unlink()
         (work/f'{page}.ipynb').write_text(json.dumps(adapt(nb, f'{name}.ipynb', names)), encoding='utf-8')
     config = work/'_quarto.yml'
@@ -211,20 +201,16 @@ def offline(out='_docs'):
     site = build(work, quiet=True)
     finish(site.out, names)
     index(site.out)
+    known = 'html-math-method|respect-user-color-scheme|execute\\.enabled|output-file|html\\.grid|no Sass'  # to Quarto
     for w in site.warnings:
-        if not known_to_quarto.match(w): report('smalldocs', w)
+        if not re.search(rf'({known})\b', w): report('smalldocs', w)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(site.out, out)
     print(f'{len(site.pages)} pages in {out}')
 
-# what smalldocs does not read and Quarto does
-known_to_quarto = re.compile(r'.*(html-math-method|respect-user-color-scheme|execute\.enabled|output-file|html\.grid|no Sass)\b')
-
 if __name__ == '__main__':
-    args = sys.argv[1:]
-    if args == ['process']: print(process())
-    elif args[:1] == ['log'] and len(args) == 2: problems += complaints(args[1])
-    elif args[:1] == ['index'] and len(args) == 2: index(args[1])
-    elif args[:1] == ['offline'] and len(args) <= 2: offline(*args[1:])
-    else: sys.exit(__doc__)
+    command, *args = sys.argv[1:] or ['help']
+    commands = dict(process=process, log=complaints, index=index, offline=offline)
+    if command not in commands: sys.exit(__doc__)
+    commands[command](*args)
     if problems: sys.exit(f'{len(problems)} problems:\n' + '\n'.join(problems))

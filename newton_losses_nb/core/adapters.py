@@ -7,37 +7,18 @@ __all__ = ['per_sample', 'permutation_loss']
 
 # %% ../../nbs/core/08_adapters.ipynb #174e887c
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+from .solves import choice
 from ..sorting.losses import ranking_loss, true_permutation
 
-# %% ../../nbs/core/08_adapters.ipynb #a20ce490
-def _one_row(loss_fn, cut):
-    "The loss of one sample, given without its batch axis"
-    def one(y, *args):
-        loss = loss_fn(y[None], *[a[None] if c else a for a, c in zip(args, cut)])
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"loss_fn: expected one number for a batch of one, got "
-                             f"{_shape(loss)}")
-        return loss.reshape(())
-    return one
-
+# %% ../../nbs/core/08_adapters.ipynb #730caaa7
 def _shape(x):
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
-def _check_reduction(loss_fn, reduction, loss, y, args):
-    whole, found = loss_fn(y, *args).detach(), getattr(loss.detach(), reduction)()
-    if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6):
-        raise ValueError(
-        f"reduction: expected the {reduction} of the samples' losses, here "
-        f"{found.item():.6g}, for the batch, got "
-        f"{whole.sum().item():.6g} (the other reduction? weights, an ignored class, "
-        f"statistics of the batch, noise?); "
-        "check=False accepts it")
-
-# %% ../../nbs/core/08_adapters.ipynb #730caaa7
 class _PerSample(nn.Module):
     "What `per_sample` returns"
     def __init__(self, loss_fn, reduction, check):
@@ -47,26 +28,39 @@ class _PerSample(nn.Module):
 
     def forward(self, y, *args):
         "Loss of every sample"
-        if y.ndim == 0 or len(y) == 0:
-            raise ValueError(f"y: expected at least one sample, got shape "
-                             f"{tuple(y.shape)}")
-        cut = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == len(y) for a in args]
-        loss = self.every(_one_row(self.loss_fn, cut), y, args, cut)
-        if self.check: _check_reduction(self.loss_fn, self.reduction, loss, y, args)
+        if y.ndim == 0 or len(y) == 0: raise ValueError(
+            f"y: expected at least one sample, got {_shape(y)}")
+        loss = self.every(y, *args)
+        if self.check: self.verify(loss.detach(), self.loss_fn(y, *args).detach())
         self.check = False
         return loss
 
-    def every(self, one, y, args, cut):
+    def every(self, *given):
         "By vmap, or by a loop from the first time that vmap fails"
-        if not self.loop:
-            try:
-                return torch.func.vmap(
-                    one, in_dims=(0, *[0 if c else None for c in cut]))(y, *args)
-            except Exception: pass
-        loss = torch.stack([one(row, *[a[i] if c else a for a, c in zip(args, cut)])
-                            for i, row in enumerate(y)])
+        N = len(given[0])
+        cut = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == N for a in given]
+        def one(*row):
+            loss = self.loss_fn(*[a[None] if c else a for a, c in zip(row, cut)])
+            if isinstance(loss, Tensor) and loss.numel() == 1: return loss.reshape(())
+            raise ValueError("loss_fn: expected one number for a batch of one, got "
+                             f"{_shape(loss)}")
+        with suppress(Exception):
+            dims = tuple(0 if c else None for c in cut)
+            if not self.loop: return torch.func.vmap(one, dims)(*given)
+        loss = torch.stack([one(*[a[i] if c else a for a, c in zip(given, cut)])
+                            for i in range(N)])
         self.loop = True
         return loss
+
+    def verify(self, loss, whole):
+        "Raise if the loss of the batch is not what it should be"
+        found = getattr(loss, self.reduction)()
+        if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"reduction: expected the {self.reduction} of the samples' losses, "
+                f"{found.item():.6g}, for the batch, got {whole.sum().item():.6g} (the "
+                "other reduction? weights, an ignored class, statistics of the batch, "
+                "noise?); check=False accepts it")
 
 # %% ../../nbs/core/08_adapters.ipynb #273a8bdf
 def per_sample(
@@ -77,9 +71,7 @@ def per_sample(
     "Undo the reduction of a loss over the batch"
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected mean or sum, got {reduction!r}")
-    return _PerSample(loss_fn, reduction, check)
+    return _PerSample(loss_fn, choice("reduction", reduction, ("mean", "sum")), check)
 
 # %% ../../nbs/core/08_adapters.ipynb #a9322aed
 _CONVENTIONS = (("rows", False), ("rows", True), ("columns", False), ("columns", True))
@@ -93,48 +85,30 @@ def _matrix(relax, s):
     "The relaxed permutation matrix in what `relax` returns"
     P = relax(s)
     P = P[-1] if isinstance(P, (tuple, list)) else P
-    if not isinstance(P, Tensor) or P.shape != (*s.shape, s.shape[-1]):
-        raise ValueError(
-        f"relax: expected a matrix of shape {(*s.shape, s.shape[-1])}, or a tuple that "
-        f"ends with one, got {_shape(P)}")
-    return P
+    shape = *s.shape, s.shape[-1]
+    if isinstance(P, Tensor) and P.shape == shape: return P
+    raise ValueError(f"relax: expected a matrix of shape {shape}, or a tuple that ends "
+                     f"with one, got {_shape(P)}")
 
 # %% ../../nbs/core/08_adapters.ipynb #7e59302b
 @torch.no_grad()
 def _convention(relax, y, log):
     "(positions, descending) of a relaxed sort, from what it does with known orders"
     n, draw = y.shape[-1], torch.Generator().manual_seed(0)
-    up = torch.arange(n)
+    known, up = _CONVENTIONS[:n if n < 3 else 4], torch.arange(n)
     s = torch.stack([up.roll(1), up.flip(0).roll(1),
                      *[torch.randperm(n, generator=draw) for _ in range(4)]])
     T = true_permutation(s).to(y)
     for scale in (1., 10., 100., 1e3, 1e4):
         P = _matrix(relax, scale*(s - (n - 1)/2).to(y))
         P = P.exp() if log else P
-        score = torch.stack([(_to_rows(P, *c)*T).sum((-2, -1)).mean()/n
-                             for c in _CONVENTIONS])
-        best, second = score.topk(2)[0].tolist()
-        if best > 0.9 and second < best - 0.1: return _CONVENTIONS[int(score.argmax())]
+        score = [float((_to_rows(P, *c)*T).sum((-2, -1)).mean())/n for c in known]
+        *others, best = sorted(score)
+        if best > 0.9 and all(o < best - 0.1 for o in others):
+            return known[score.index(best)]
     raise ValueError("positions: expected a relaxed sort whose convention can be found "
-                     "out, but no reading of its "
-                     "matrix sorts; state positions='rows' or 'columns' and "
-                     "descending=True or False")
-
-# %% ../../nbs/core/08_adapters.ipynb #9894c80d
-@torch.no_grad()
-def _convention_of_two(relax, y, log):
-    "The same for two inputs"
-    s = torch.tensor([[-1., 1.], [1., -1.]]).to(y)
-    for scale in (0.1, 1., 10., 100., 1e3, 1e4):
-        P = _matrix(relax, scale*s)
-        P = P.exp() if log else P
-        ascending = float((P[0].diagonal().sum() - P[1].diagonal().sum())/2)
-        rows, columns = (float((P.sum(d) - 1).abs().amax()) for d in (-1, -2))
-        if abs(ascending) > 0.1:
-            return "columns" if columns < rows - 1e-3 else "rows", ascending < 0
-    raise ValueError("positions: expected a relaxed sort whose convention can be found "
-                     "out, but its matrix does not "
-                     "depend on the order; state positions and descending")
+                     "out, but no reading of its matrix sorts; state positions='rows' "
+                     "or 'columns' and descending=True or False")
 
 # %% ../../nbs/core/08_adapters.ipynb #e85a21d9
 class _PermutationLoss(nn.Module):
@@ -144,17 +118,11 @@ class _PermutationLoss(nn.Module):
         self.relax, self.loss, self.log = relax, loss, log
         self.convention = None if positions == "auto" else (positions, descending)
 
-    def permutation(self, y):
-        "Relaxed permutation in our convention, or its logarithm"
-        if y.shape[-1] == 1: return _matrix(self.relax, y)
-        if self.convention is None:
-            find = _convention_of_two if y.shape[-1] == 2 else _convention
-            self.convention = find(self.relax, y[:1].detach(), self.log)
-        return _to_rows(_matrix(self.relax, y), *self.convention)
-
     def forward(self, y, target):
         "Loss of every sample; `target` is labels `(N, n)` or permutations `(N, n, n)`"
-        P = self.permutation(y)
+        if self.convention is None:
+            self.convention = _convention(self.relax, y[:1].detach(), self.log)
+        P = _to_rows(_matrix(self.relax, y), *self.convention)
         T = true_permutation(target).to(P) if target.ndim == y.ndim else target.to(P)
         if callable(self.loss): return self.loss(P, T)
         return ranking_loss(P, T, self.loss, self.log)
@@ -170,9 +138,7 @@ def permutation_loss(
     "Make a per-sample loss of any relaxed sort"
     if not callable(relax):
         raise TypeError(f"relax: expected a function, got {type(relax).__name__}")
-    if positions not in ("auto", "rows", "columns"):
-        raise ValueError(
-            f"positions: expected auto, rows or columns, got {positions!r}")
+    choice("positions", positions, ("auto", "rows", "columns"))
     if (positions == "auto") != (descending is None): raise ValueError(
         f"descending: expected True or False with positions='rows' or 'columns', got "
         f"{descending} with {positions!r}")

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .derivatives import check_outputs, derivatives
+from .evidence import Batch
 from .directions import Direction, Fisher, Whiten
 from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
@@ -33,8 +34,7 @@ def _reachable(root, limit=10_000):
     seen, todo = {}, [root]
     closed = type, types.ModuleType, Tensor, str, bytes, int, float
     for o in todo:
-        if id(o) in seen or isinstance(o, closed): continue
-        if len(seen) == limit: break
+        if id(o) in seen or isinstance(o, closed) or len(seen) == limit: continue
         if isinstance(o, dict) and "__builtins__" in o: continue
         seen[id(o)] = o
         todo += gc.get_referents(o)[:1000]
@@ -47,76 +47,63 @@ def _states(o):
     if isinstance(o, nn.Module):
         return [(b.detach().clone, b.data.copy_) for b in o.buffers(recurse=False)]
     if isinstance(o, torch.Generator): return [(o.get_state, o.set_state)]
-    if isinstance(o, random.Random): return [(o.getstate, o.setstate)]
-    if not (np := sys.modules.get("numpy")): return []
-    if isinstance(o, np.random.RandomState): return [(o.get_state, o.set_state)]
-    if not isinstance(o, np.random.BitGenerator): return []
-    return [(partial(getattr, o, "state"), partial(setattr, o, "state"))]
+    np, generators = sys.modules.get("numpy"), [random.Random]
+    if np: generators += [np.random.RandomState, np.random.BitGenerator]
+    if isinstance(o, random.SystemRandom) or not isinstance(o, tuple(generators)):
+        return []
+    return [(o.__getstate__, o.__setstate__)]
 
-class _FixedNoise:
-    "Generators and buffers reached from `root`, and the global generators, at 0"
-    def __init__(self, root, device):
-        self.states = [(get, put, get()) for o in _reachable(root)
-                       for get, put in _states(o)]
-        seeded = [(torch.default_generator, torch.Generator().manual_seed(0)),
-                  (random._inst, random.Random(0))]
-        if device.type == "cuda": seeded.append((
-            torch.cuda.default_generators[device.index or 0],
-            torch.Generator(device).manual_seed(0)))
-        if np := sys.modules.get("numpy"):
-            seeded.append((np.random.mtrand._rand, np.random.RandomState(0)))
-        for o, like in seeded: self.states += [
-            (*_states(o)[0], _states(like)[0][0]())]
-
+def _fixed_noise(root, device):
+    "A context: generators and buffers in `root` as they are now, the global ones at 0"
+    known, np = [torch.default_generator, random._inst], sys.modules.get("numpy")
+    if np: known.append(np.random.mtrand._rand)
+    if device.type == "cuda":
+        known.append(torch.cuda.default_generators[device.index or 0])
+    seeds = [getattr(o, "manual_seed", None) or o.seed for o in known]
+    states = [(get, put, get()) for o in (*known, *_reachable(root))
+              for get, put in _states(o)]
     @contextmanager
-    def on(self):
-        "Inside, random numbers are the same each time; outside, nothing has changed"
-        after = [(put, get()) for get, put, _ in self.states]
-        for _, put, state in self.states: put(state)
+    def fixed():
+        after = [(put, get()) for get, put, _ in states]
+        for _, put, state in states: put(state)
+        for seed in seeds: seed(0)
         try: yield
         finally:
             for put, state in after: put(state)
+    return fixed
 
 # %% ../../nbs/core/07_check.ipynb #8f544ad9
 class _Probe:
     "A loss at `y`, with the noise inside it fixed"
     def __init__(self, loss_fn, y, args=()):
-        self.y, self.args = y.detach().clone(), args
-        self.use(loss_fn)
+        self.loss_fn, self.y, self.args = loss_fn, y.detach().clone(), args
+        self.fixed_noise = _fixed_noise((loss_fn, args), y.device)
+        shape, draw = (4, *y.shape), torch.Generator().manual_seed(0)
+        V = torch.randn(shape, generator=draw, dtype=torch.double, device="cpu")
+        self.V = V.to(y)                             # directions
 
-    def use(self, loss_fn):
-        self.loss_fn = loss_fn
-        self.noise = _FixedNoise((loss_fn, self.args), self.y.device)
-
-    def to(self, dtype):
+    def to(self, dtype, loss_fn):
         "The same in another precision"
-        new, given = copy.copy(self), (self.y, *self.args)
-        new.y, *new.args = [
+        y, *args = [
             a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in given]
-        return new
+            for a in (self.y, *self.args)]
+        return _Probe(loss_fn, y, args)
 
+    @torch.no_grad()
     def call(self, f, y):
         "`f` on copies"
         args = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
-        with self.noise.on(): return f(y.clone(), *args)
+        with self.fixed_noise(): return f(y.clone(), *args)
 
-    @torch.no_grad()
     def values(self, y): return self.call(self.loss_fn, y).detach()
 
-    def gradient(self, y, factor=1., check=False):
-        f = self.loss_fn if factor == 1 else lambda *a: factor*self.loss_fn(*a)
-        return self.call(partial(derivatives, f, check=check), y)[1]/factor
+    def gradient(self, y, check=False):
+        return self.call(partial(derivatives, self.loss_fn, check=check), y)[1]
 
-    def products(self, V):
-        "Each sample's Hessian times its row of each of the directions `(K, N, m)`"
+    def products(self):
+        "Each sample's Hessian times its row of each of the directions"
         second = partial(derivatives, self.loss_fn, second="products", check=False)
-        return self.call(lambda *given: second(*given)[2](V), self.y)
-
-    def directions(self, K):
-        shape, draw = (K, *self.y.shape), torch.Generator().manual_seed(0)
-        V = torch.randn(shape, generator=draw, dtype=torch.double, device="cpu")
-        return V.to(self.y)
+        return self.call(lambda *given: second(*given)[2](self.V), self.y)
 
 # %% ../../nbs/core/07_check.ipynb #e6d87d95
 class Finding(NamedTuple):
@@ -125,9 +112,8 @@ class Finding(NamedTuple):
     words:str          # What was found
     value:object=None  # The same in one word or number, for programs
 
-_note, _problem, _fatal, _unknown = (
-    partial(Finding, v) for v in ("note", "problem", "fatal", "unknown"))
-def _ok(value="ok", words="fine"): return Finding("ok", words, value)
+_ok, _note, _problem, _fatal, _unknown = (
+    partial(Finding, v) for v in ("ok", "note", "problem", "fatal", "unknown"))
 
 def _said(e): return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
@@ -151,33 +137,29 @@ def _compare(f, exact, y, V, what="values"):
     rounding = rounding + 30*torch.finfo(y.dtype).eps*_norm(at)
     step, (ahead, behind) = h*unit, around(h)
     floor, slope = 3*rounding/step, (ahead - behind)/(2*step)
-    size, miss = torch.maximum(_norm(slope), _norm(exact)), _norm(slope - exact)
+    length, miss = _norm(slope), _norm(slope - exact)
+    size = length.maximum(_norm(exact))
     typical = size[size.isfinite()].square().mean().sqrt()
     off = miss > tol*(size + 1e-3*typical) + floor
-    after, before = (ahead - at)/step, (at - behind)/step
-    larger = torch.maximum(_norm(after), _norm(before))
-    bent = _norm(after - before) > 0.05*larger + floor
+    bent = _norm(ahead + behind - 2*at)/step > 0.05*length + floor
     judged = miss.isfinite() & ((floor < size/2) | (size == 0))
-    pairs, flat = int(judged.sum()), _norm(slope) <= floor
-    if not pairs: return _unknown("differences are not finite, or drown in rounding",
-                                  "unknown")
+    pairs = int(judged.sum())
+    if not pairs: return _unknown(
+        "differences are not finite, or drown in rounding", "unknown")
     wrong, kink, flat = (int((x & judged).sum())/pairs
-                         for x in (off & ~bent, off & bent, flat))
+                         for x in (off & ~bent, off & bent, length <= floor))
     if wrong and flat > 0.9: return _note(f"the {what} are flat", "flat")
-    if kink > 0.5: return _note(f"not judged: {kink:.0%} of directions at a kink "
-                                "(ties?); take another y", "kink")
+    tied = (y.sort(1)[0].diff(dim=1) == 0).any(1).double().mean()
+    if kink > 0.5 or 0 < wrong <= tied:
+        return _note("not judged: kinks (ties in y?); take another y", "kink")
     among = f" of {pairs} directions" + f", {kink:.0%} at a kink"*(kink > 0)
-    if not wrong: return _ok("right", f"right in all{among}")
+    if not wrong: return _ok(f"right in all{among}", "right")
     worst = int((miss*(off & ~bent & judged)).nan_to_num().amax(0).argmax())
     text = (f"disagrees with differences of the {what} in {wrong:.0%}{among}, most in "
             f"sample {worst}")
-    tied = (y.sort(1)[0].diff(dim=1) == 0).any(1).double().mean()
-    if wrong <= tied:
-        return _note(f"{text}; but there are ties in y: take another", "kink")
     return _problem(text, "wrong") if wrong > 0.05 else _note(text, "mostly right")
 
 # %% ../../nbs/core/07_check.ipynb #1d1348bc
-@torch.no_grad()
 def _ask_shape(p):
     loss = p.call(p.loss_fn, p.y)
     hint = "; numpy? make a tensor of it, and SmoothedLoss(loss_fn) gives it a gradient"
@@ -191,63 +173,55 @@ def _ask_shape(p):
     if loss.shape != p.y.shape[:1]: return _fatal(
         f"shape {tuple(loss.shape)} instead of ({len(p.y)},); sum or average over the "
         "other axes", "shape")
-    if loss.is_floating_point(): return _ok()
-    return _fatal(f"returns {loss.dtype}, which has no gradient", "integer")
+    if not loss.is_floating_point(): return _fatal(
+        f"returns {loss.dtype}, which has no gradient", "integer")
 
-@torch.no_grad()
 def _ask_untouched(p):
-    p.use(p.loss_fn)
+    p.__init__(p.loss_fn, p.y, p.args)               # some make generators when called
     given = p.call(lambda *given: (p.loss_fn(*given), given)[1], p.y)
-    same = [not isinstance(a, Tensor) or torch.equal(a, b)
-            for a, b in zip(given, (p.y, *p.args))]
-    if all(same): return _ok()
-    if same[0]: return _problem(f"changes args[{same.index(False) - 1}] in place",
-                                "args in place")
-    return _fatal("changes y in place; begin it with y = y.clone()", "y in place")
+    for i, (a, b) in enumerate(zip(given, (p.y, *p.args))):
+        if not isinstance(a, Tensor) or torch.equal(a, b): continue
+        if i: return _problem(f"changes args[{i - 1}] in place", "args in place")
+        return _fatal("changes y in place; begin it with y = y.clone()", "y in place")
 
-@torch.no_grad()
 def _ask_repeatable(p):
     close = partial(torch.allclose, rtol=1e-6, atol=0, equal_nan=True)
     if not close(p.values(p.y), p.values(p.y)): return _problem(
         "two calls differ, whatever generators are fixed: cannot be judged", "random")
     twice = p.call(lambda *a: [p.loss_fn(p.y.clone(), *a[1:]) for _ in range(2)], p.y)
-    if close(*twice): return _ok()
-    return _note("draws noise (fixed for the other questions)", "noise")
+    if not close(*twice): return _note(
+        "draws noise (fixed for the other questions)", "noise")
 
 # %% ../../nbs/core/07_check.ipynb #574b898a
 def _ask_double(p):
     "From here on the probe is one in float64, if the loss can compute in it"
-    wide = p.to(torch.double)
-    def said(loss_fn):
+    said = []
+    for change in (lambda f: f, lambda f: copy.deepcopy(f).double()):
         try:
-            wide.use(loss_fn())
+            wide = p.to(torch.double, change(p.loss_fn))
             found = wide.values(wide.y).dtype
-            return None if found == torch.double else f"returns {found} for it"
-        except Exception as e: return _said(e)
-    no = said(lambda: p.loss_fn)
-    if no and said(lambda: copy.deepcopy(p.loss_fn).double()):
-        return _note(f"{no}; judged coarsely in {str(p.y.dtype)[6:]}", "no")
-    vars(p).update(vars(wide))
-    return _ok()
+            if found == torch.double: return vars(p).update(vars(wide))
+            said.append(f"returns {found} for it")
+        except Exception as e: said.append(_said(e))
+    return _note(f"{said[0]}; judged coarsely in {str(p.y.dtype)[6:]}", "no")
 
 def _ask_gradient(p):
-    said, unseen = None, "autograd sees nothing (numpy, detach or no_grad?)"
+    said = "autograd sees nothing (numpy, detach or no_grad?)"
     try:
-        if p.gradient(p.y).any(): return _ok()
+        if p.gradient(p.y).any(): return
     except Exception as e:
         if "expected values that depend on y" not in str(e): said = _said(e)
     step, at = _natural_step(p.y), p.values(p.y)
-    moved = (p.values(p.y + h*step*v) for v in p.directions(2) for h in (1e-4, 0.1))
+    moved = (p.values(p.y + h*step*v) for v in p.V[:2] for h in (1e-4, 0.1))
     if any((x != at).any() for x in moved): return _fatal(
-        f"values change with y, but {said or unseen}; of a black box "
-        "SmoothedLoss(loss_fn) makes a loss with a gradient", "detached")
-    if said: return _fatal(said, "error")
+        f"values change with y, but {said}; of a black box SmoothedLoss(loss_fn) makes "
+        "a loss with a gradient", "detached")
     return _fatal("constant: the values do not change with y", "constant")
 
 def _ask_finite(p):
     value, p.G = p.values(p.y).isfinite(), p.gradient(p.y)
     p.good = value & p.G.isfinite().all(1)
-    if p.good.all(): return _ok()
+    if p.good.all(): return
     bad = (~p.good).nonzero()[:, 0].tolist()
     return (_problem if p.good.any() else _fatal)(
         f"the {'gradient' if value.all() else 'value'} is NaN or infinite in "
@@ -258,7 +232,7 @@ def _ask_independent(p):
     if n == 1: return _unknown("one sample is not enough to tell", "unknown")
     loss = p.values(y)
     near = _fine(y, 1e-9, 1e-4)*(loss.abs() + loss.abs().nanmedian())
-    mixed = (y + y.roll(1, 0))/2 + 0.01*_natural_step(y)*p.directions(1)[0]
+    mixed = (y + y.roll(1, 0))/2 + 0.01*_natural_step(y)*p.V[0]
     for _ in range(4):
         half = torch.randperm(n, generator=draw, device="cpu") < (n + 1)//2
         for rows in (half.to(y.device), ~half.to(y.device)):
@@ -266,14 +240,14 @@ def _ask_independent(p):
             hit = (off & ~rows).nonzero()
             if len(hit): return _problem(f"the loss of sample {int(hit[0])} changes "
                                          "with the outputs of others", "leak")
-    with suppress(ValueError):
-        p.gradient(y, check=True)
-        return _ok()
-    off = (p.gradient(y, 2.**-8) - p.G)[p.good].abs().amax()
-    if off > 1e-3*p.G[p.good].abs().amax(): return _note(
-        "the backward pass is not linear: a factor on the loss turns the gradient",
-        "nonlinear")
-    return _problem("a sample's outputs are in the gradient of another's loss", "leak")
+    try: p.gradient(y, check=True)
+    except ValueError:
+        scaled = partial(derivatives, lambda *a: p.loss_fn(*a)/256, check=False)
+        off = (256*p.call(scaled, y)[1] - p.G)[p.good].abs().amax()
+        if off <= 1e-3*p.G[p.good].abs().amax(): return _problem(
+            "a sample's outputs are in the gradient of another's loss", "leak")
+        return _note("the backward pass is not linear: a factor on the loss turns the "
+                     "gradient", "nonlinear")
 
 # %% ../../nbs/core/07_check.ipynb #22e5b214
 def _ask_first(p):
@@ -289,7 +263,7 @@ def _ask_first(p):
 
 def _ask_second(p):
     said, p.HV, noise = None, None, p.found["repeatable"].value
-    try: p.HV = p.products(p.V)
+    try: p.HV = p.products()
     except Exception as e: said = _said(e)
     if noise == "random": return _unknown("noise cannot be fixed", "unknown")
     HV = torch.zeros_like(p.V) if said else p.HV
@@ -303,53 +277,54 @@ def _ask_second(p):
     if noise == "noise":
         far = p.gradient(p.y + _natural_step(p.y)*p.V[0])
         changes = changes or (far - p.G).abs().amax() > 1e-6*p.G.abs().amax()
-    if said and changes: return _note(f"refused: {said}", "refused")
-    if changes: return _note(
+    if not changes: return _note("zero almost everywhere (piecewise linear)", "zero")
+    if said: return _note(f"refused: {said}", "refused")
+    return _note(
         "detached: the gradient changes, autograd's Hessian is zero", "detached")
-    return _note("zero almost everywhere (piecewise linear)", "zero")
 
 # %% ../../nbs/core/07_check.ipynb #68b108c7
 def _ask_single(p):
     n, off = p.narrow, {}
     pieces = {"value": (n.values(n.y)[:, None], None),
               "gradient": (n.gradient(n.y), p.G)}
-    if p.HV is not None: pieces["Hessian"] = n.products(p.V.float()), p.HV
+    if p.HV is not None: pieces["Hessian"] = n.products(), p.HV
     for name, (x, exact) in pieces.items():
         x = x[..., p.good, :].double()
         if not x.isfinite().all(): return _problem(
             f"the {name} is NaN or infinite in it: compute the loss in float64",
             f"non-finite {name}")
         if exact is None: continue
-        exact = exact[..., p.good, :]
-        size = torch.maximum(x.abs().amax(), exact.abs().amax()).clamp_min(1e-300)
-        off[name] = float((x - exact).abs().amax()/size)
+        both = torch.stack([x, exact[..., p.good, :].double()])
+        size = both.abs().amax().clamp_min(1e-300)
+        off[name] = float(both.diff(dim=0).abs().amax()/size)
     if p.y.dtype != torch.double or p.found["repeatable"].value != "ok":
-        return _ok("finite", "finite in it")
+        return _ok("finite in it", "finite")
     text = " and ".join(f"{k} within {o:.0e}" for k, o in off.items()) + " of float64"
     most = max(off.values())
-    return _ok(most, text) if most < 1e-2 else _note(text, most)
+    return (_ok if most < 1e-2 else _note)(text, most)
 
 def _ask_size(p):
     G, loss = p.G[p.good], p.values(p.y)[p.good]
     rows, rms, p.exploding = _norm(G), float(G.square().mean().sqrt()), 0.
     if rms == 0: return _problem("zero in every sample: nothing to learn from it", 0.)
-    p.typical, above = float(rows[rows > 0].median()), loss - loss.amin()
-    hard = above[rows.argmax()]/above[rows > 0].median().clamp_min(
-        torch.finfo(loss.dtype).tiny)
+    above, some, tiny = loss - loss.amin(), rows > 0, torch.finfo(loss.dtype).tiny
+    p.typical = float(rows[some].median())
     tail = float(rows.amax())/p.typical
-    p.exploding = tail/max(1, float(hard))
+    hard = float(above[rows.argmax()]/above[some].median().clamp_min(tiny))
+    p.exploding = tail/max(1, hard)
     text = f"rms {rms:.3g}; longest row {tail:.3g} times the median"
     if p.exploding > 10: return _note(
         f"{text}, though its loss is an ordinary one: the gradient explodes", rms)
     if tail > 10: return _note(f"{text}: a few samples rule the batch", rms)
-    return _ok(rms, text)
+    return _ok(text, rms)
 
 # %% ../../nbs/core/07_check.ipynb #6c53f157
-def _linear(y, G): return (y*G).sum(-1)
-
-def _by_part(loss, G, rows):
+def _by_part(direction, G, rows):
     "Directions of all gradients by the curvature of some"
-    with loss.accumulated([(0*G[rows], G[rows])]): return loss.directions(0*G, G)[1]
+    return direction(direction.observe(Batch(None, G[rows], None)), G)
+
+def _cosine(A, B):
+    return torch.cosine_similarity(A.flatten(), B.flatten(), 0, 1e-300).item()
 
 def _halves(G, splits):
     "Random halves of the rows, whatever their order"
@@ -358,41 +333,34 @@ def _halves(G, splits):
         some = torch.randperm(len(G), generator=draw, device="cpu").to(G.device)
         yield order[some].tensor_split(2)
 
-def _turn(G, splits=8):
+def _turn(G):
     "Cosines: directions and gradients; directions by the curvature of either half"
-    newton, halves = NewtonLoss(_linear), 0.
-    for a, b in _halves(G, splits):
-        A, B = _by_part(newton, G, a).flatten(), _by_part(newton, G, b).flatten()
-        halves += torch.cosine_similarity(A, B, 0, 1e-300).item()/splits
-    newton.directions(0*G, G)
-    return newton.cosine, halves
+    by = partial(_by_part, Fisher(), G)
+    halves = [_cosine(by(a), by(b)) for a, b in _halves(G, 8)]
+    return _cosine(by(slice(None)), G), sum(halves)/len(halves)
 
-def _taken(p, loss, rows, others, steps):
-    "Most that some steps take off the loss of `rows`, by the curvature of `others`"
-    where = p.good.nonzero()[:, 0]
-    rows, begin = where[rows], p.values(p.y)
-    def ahead(y, length, D): return y - 10.**length*D
+def _taken(p, direction, rows, others):
+    "Most that ten steps take off the loss of `rows`, by the curvature of `others`"
     def value(y): return p.values(y)[rows].mean().nan_to_num(torch.inf, torch.inf)
-    def direction(y):
-        G = p.gradient(y)[where].nan_to_num()
-        return torch.zeros_like(y).index_copy(0, where, _by_part(loss, G, others))
-    D = direction(p.y)
-    unit = float((_natural_step(p.y)/D[rows].square().mean().sqrt()).log10())
-    lengths = (unit + k/3 for k in range(-15, 4))
-    near = min(lengths, key=lambda o: value(ahead(p.y, o, D)))
-    least = value(ahead(p.y, near, D))
+    def along(y):
+        G = p.gradient(y).where(p.good[:, None], 0).nan_to_num()
+        return _by_part(direction, G.double(), others).to(y)
+    y, D = p.y, along(p.y)
+    unit = float((_natural_step(y)/D[rows].square().mean().sqrt()).log10())
+    near = min((unit + k/3 for k in range(-15, 4)), key=lambda o: value(y - 10.**o*D))
+    found = [value(y - 10.**near*D)]
     for length in (near, near - 1/3, near - 2/3):
         y = p.y
-        for _ in range(steps): y = ahead(y, length, direction(y))
-        least = min(least, value(y))
-    return float(begin[rows].mean() - least)
+        for _ in range(10): y = y - 10.**length*along(y)
+        found.append(value(y))
+    return float(p.values(p.y)[rows].mean() - min(found))
 
-def _gains(p, steps=10):
+def _gains(p):
     "Loss that steps along a direction take, over what steps along the gradient take"
-    losses = [OutputLoss(_linear, d) for d in (Direction(), Fisher(), Whiten())]
-    (a, b), = _halves(p.G[p.good], 1)
-    plain, *taken = [sum(_taken(p, loss, *o, steps) for o in ((a, b), (b, a)))
-                     for loss in losses]
+    where = p.good.nonzero()[:, 0]
+    a, b = (where[half] for half in next(_halves(p.G[where], 1)))
+    plain, *taken = [_taken(p, direction, a, b) + _taken(p, direction, b, a)
+                     for direction in (Direction(), Fisher(), Whiten())]
     return [max(0., o/plain) if plain > 0 else 1. for o in taken]
 
 def _ask_direction(p):
@@ -400,17 +368,17 @@ def _ask_direction(p):
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
     newton, whitened = _gains(p) if turn < 0.9 else (1., 1.)
-    return _ok((turn, halves, newton, whitened), f"cosine {turn:.2f} to the gradient, "
-               f"{halves:.2f} between two halves of the batch")
+    return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
+               "the batch", (turn, halves, newton, whitened))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 def _recommend(p):
     "A class, its options, and why"
     found = {q: f.value for q, f in p.found.items()}
-    def plain(why, **options): return OutputLoss, options, f"Plain training{why}"
+    def plain(why): return OutputLoss, {}, f"Plain training{why}"
     if found["independent samples"] == "leak": return plain(
         ", until samples are independent: average outside the loss, or let a sample be "
-        "the group that belongs together.", check=False)
+        "the group that belongs together.")
     if found["float32"] in ("non-finite value", "non-finite gradient"): return plain(
         ", in float64: in float32 the loss is not finite.")
     if p.exploding > 10 or p.found["float32"].verdict == "note": return _bounded(p)
@@ -475,20 +443,21 @@ class LossReport:
         return self.make(self.loss_fn, **(self.options | kwargs))
 
     def __repr__(self):
-        lines, found = [self.about], self.findings
+        lines = [self.about]
         for title in dict.fromkeys(title for title, _ in QUESTIONS.values()):
-            asked = [q for q in found if QUESTIONS[q][0] == title and found[q].words]
-            bad, answer = {found[q].verdict for q in asked}, "yes"
-            if "note" in bad: answer = "yes, but"
-            if bad & {"problem", "fatal"}: answer = "no"
-            if title[0] == "3": answer = found["Newton direction"].words
-            lines.append(f"{title:26} {asked and answer or 'not judged'}")
-            lines += [textwrap.fill(f"   - {q}: {found[q].words}", 88,
-                                    subsequent_indent=5*" ")
-                      for q in asked if found[q].verdict not in ("ok", "unknown")]
+            asked = {q: f for q, f in self.findings.items()
+                     if QUESTIONS[q][0] == title and f.words}
+            bad = {q: f for q, f in asked.items() if f.verdict not in ("ok", "unknown")}
+            answer = "yes" if asked else "not judged"
+            if bad: answer = "no"
+            if {f.verdict for f in bad.values()} == {"note"}: answer = "yes, but"
+            if title[0] == "3": answer = self["Newton direction"].words or "not judged"
+            lines.append(f"{title:26} {answer}")
+            lines += [textwrap.fill(f"   - {q}: {f.words}", 88, subsequent_indent=5*" ")
+                      for q, f in bad.items()]
         line = "nothing, before this is mended" if self.fatal else self.line
         lines.append(f"4. Recommended:            {line}")
-        why = textwrap.fill(self.why, 88, initial_indent="   ", subsequent_indent="   ")
+        why = textwrap.indent(textwrap.fill(self.why, 85), "   ")
         return "\n".join(lines + [why]*bool(why))
 
 # %% ../../nbs/core/07_check.ipynb #317c9d84
@@ -512,8 +481,6 @@ def check_loss(
     loss_fn:Callable,       # Loss to judge: `loss_fn(y, *args)` should have shape (N,)
     y:Float[Tensor, "N m"], # Outputs to judge it at; best a real batch
     *args,                  # Further arguments of the loss
-    directions:int=4,       # Random directions for each sample
-    budget:int=2**24,       # Most numbers in memory; beyond, some samples are judged
 ) -> LossReport:            # Findings, and what to train with
     "Judge a per-sample loss before training with it, or in the midst of it"
     if not callable(loss_fn):
@@ -523,36 +490,24 @@ def check_loss(
         f"y: expected shape (N, m), got {tuple(y.shape)}"
         + "; use y.squeeze(-1)"*(y.ndim == 3 and y.shape[2] == 1))
     if not y.isfinite().all(): raise ValueError("y: expected finite outputs")
-    if directions < 2:
-        raise ValueError(f"directions: expected at least 2, got {directions}")
-    (n, m), kind = y.shape, str(y.dtype)[6:]
-    size = max(4*directions*m, m*m*hasattr(loss_fn, "derivatives"))
-    rows = min(n, max(2, budget//size))
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__.lstrip("_"))
-    about = f"{name} at {n} x {m} outputs, {kind}"
-    if rows < n: about += f", the first {rows} judged"
-    report = LossReport(loss_fn, about, dict.fromkeys(QUESTIONS, _unknown("")))
-    args = [a[:rows] if getattr(a, "shape", ())[:1] == (n,) else a for a in args]
-    exact = torch.autocast(y.device.type, enabled=False)
-    with torch.inference_mode(False), exact:
-        y = y[:rows].float() if kind in ("float16", "bfloat16") else y[:rows]
-        _judge(report, _Probe(loss_fn, y, args), directions)
-    return report
+    about = f"{name} at {len(y)} x {y.shape[1]} outputs, {str(y.dtype)[6:]}"
+    with torch.inference_mode(False), torch.autocast(y.device.type, enabled=False):
+        single = y.to(torch.promote_types(y.dtype, torch.float))
+        return LossReport(loss_fn, about, *_judge(_Probe(loss_fn, single, args)))
 
-def _judge(report, p, directions):
+def _judge(p):
     "Ask all questions, in order; stop where going on makes no sense"
-    p.found, p.narrow = report.findings, p.to(torch.float)
+    p.narrow = p.to(torch.float, p.loss_fn)
+    p.found = dict.fromkeys(QUESTIONS, _unknown(""))
     for question, (_, ask) in QUESTIONS.items():
-        if question == "first derivative": p.V = p.directions(directions)
-        try: found = ask(p)
-        except Exception as e:
-            early = question in ("one value per sample", "differentiable", "finite")
-            found = (_fatal if early else _problem)(_said(e), "error")
-        report.findings[question] = found
-        if found.verdict == "fatal":
-            report.fatal = found.words
-            return
-    report.make, options, report.why = _recommend(p)
-    if p.found["independent samples"].value == "nonlinear": options["check"] = False
-    if p.found["finite"].value == "non-finite": options["on_nonfinite"] = "skip"
-    report.options = options
+        try: found = ask(p) or _ok("fine", "ok")
+        except Exception as e:                       # fatal where there is no gradient
+            found = (_problem if hasattr(p, "good") else _fatal)(_said(e), "error")
+        p.found[question] = found
+        if found.verdict == "fatal": return p.found, OutputLoss, {}, "", found.words
+    make, options, why = _recommend(p)
+    samples, finite = (p.found[q].value for q in ("independent samples", "finite"))
+    if samples in ("leak", "nonlinear"): options["check"] = False
+    if finite == "non-finite": options["on_nonfinite"] = "skip"
+    return p.found, make, options, why
