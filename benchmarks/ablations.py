@@ -20,7 +20,7 @@ from newton_losses_nb.core.newton import Damped, PerSample
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import directions, entry, one_of, run_all, seeds_together, setting
 from newton_losses_nb.lab.report import conclusion, summary, to_markdown
-from newton_losses_nb.lab.tasks import LEARNING_RATES, Sorting, SortingTask
+from newton_losses_nb.lab.tasks import Sorting, SortingTask
 from newton_losses_nb.sorting.losses import exact_match
 
 class GradientStep(Damped):
@@ -214,7 +214,7 @@ def run_ablation(name, out, tuning_out, digits, seeds=(0, 1), tuning_seeds=(1000
     "Choose the settings of all arms, then run them; the records of the reported seeds"
     same = dict(eval_every=steps) | same | dict(n=n, steps=steps, batch=batch, network=network)
     trial = dict(steps=tuning_steps, eval_every=tuning_steps) if tuning_steps else {}
-    arms = ABLATIONS[name](n, steps, LEARNING_RATES[network])
+    arms = ABLATIONS[name](n, steps, ablation_config(network=network)["lr"])
     def do(configs, folder, file):
         tasks = [AblationTask(c, digits) for c in configs]
         return list(run_all(tasks, folder, file, show, engine=seeds_together))

