@@ -1,7 +1,8 @@
 """Ablations: their plans are whole and fair, targets that stay are those of a slow twin, and choices are the records' own."""
-import functools
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from newton_losses_nb.lab import ablations
-from newton_losses_nb.lab.ablations import (ABLATIONS, HELD, AblationTask, Arm, HeldTarget, ablation_config, _choose, compare_arms,
-                                        _reorder, forget, run_ablation, _wrong_orders)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"benchmarks"))
+
+import ablations
+from ablations import ABLATIONS, HELD, STEEP, AblationTask, Arm, HeldTarget, ablation_config, candidates, choose, run_ablation, wrong_orders
+
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import fit, run_all
+from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.core.directions import Fisher
 from newton_losses_nb.core.newton import OutputLoss
-from newton_losses_nb.lab.report import paired_test
 from newton_losses_nb.lab.tasks import sorting_config
 from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
 
@@ -30,7 +32,7 @@ def test_every_configuration_is_valid_and_occurs_once(name):
     arms = ABLATIONS[name](**SIZE)
     final = [c for arm in arms for k in arm.candidates for c in arm.configs(k, [0], steps=200, batch=50, n=5)]
     assert len({json.dumps(c, sort_keys=True) for c in final}) == len(final)
-    for c in final: assert c["method"] in ablations.ABLATION_METHODS and "tuned_as" not in c
+    for c in final: assert c["method"] in ablations.METHODS and "tuned_as" not in c
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_method_has_as_many_trials(name):
@@ -51,10 +53,21 @@ def test_a_run_that_is_the_same_has_the_same_key(digits):
     assert plain == sorting_config("cauchy", "fisher", lam=.1, seed=3)
     assert AblationTask(plain, digits).key != AblationTask(ablation_config("cauchy", "fisher", lam=.1, noise="swap", share=.1, seed=3), digits).key
 
+def test_settings_that_change_nothing_are_not_there():
+    assert ablation_config() == ablation_config(noise="swap") == sorting_config()
+    assert ablation_config(method="fisher_k5", lam=1.)["lam"] == 1.
+    with pytest.raises(ValueError, match="noise: expected one of None, swap, shuffle"): ablation_config(noise="typo")
+
+def test_a_curvature_of_each_sample_and_none_at_all():
+    y, T, f = torch.randn(20, 5, dtype=torch.float64), true_permutation(torch.rand(20, 5), dtype=torch.float64), SortingLoss("neural_sort")
+    (G, one), (_, over) = (OutputLoss(f, ablations.methods(.1)[m]).directions(y, T) for m in ("fisher_sample", "gradient"))
+    G = OutputLoss(f).directions(y, T)[1]
+    assert_close(one, G/(G.square().sum(1, keepdim=True) + .1)); assert_close(over, G*10)
+
 @given(n=st.integers(2, 8), share=st.sampled_from((0., .3, 1.)), kind=st.sampled_from(ablations.ORDER_NOISE), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_wrong_orders_are_orders(n, share, kind, seed):
-    told = _wrong_orders(50, n, share, kind, torch.Generator().manual_seed(seed))
+    told = wrong_orders(50, n, share, kind, torch.Generator().manual_seed(seed))
     right = torch.arange(n)
     assert torch.equal(told.sort(1).values, right.expand(50, n))
     moved = (told != right).sum(1)
@@ -63,12 +76,41 @@ def test_wrong_orders_are_orders(n, share, kind, seed):
         assert set(moved.tolist()) <= {0, 2} and (told - right).abs().max() <= 1
         if share == 1: assert (moved == 2).all()
 
-def test_reorder_tells_the_order_that_is_told():
-    labels = torch.rand(3, 4, 5)
-    told = _wrong_orders(12, 5, 1., "shuffle", torch.Generator().manual_seed(0)).view(3, 4, 5)
-    T, U = true_permutation(labels), _reorder(true_permutation(labels), told)
-    right = (T @ labels.unsqueeze(-1)).squeeze(-1)
+def test_the_order_that_is_told(digits):
+    task = AblationTask(ablation_config(noise="shuffle", share=1., precision="float64"), digits)
+    index = next(task.indices())[None]
+    labels, told, (U,) = task.training.assemble(index[..., :4])[1].double(), index[..., 4], task.batch(index)[1]
+    right = (true_permutation(labels, dtype=torch.float64) @ labels.unsqueeze(-1)).squeeze(-1)
     assert_close((U @ labels.unsqueeze(-1)).squeeze(-1), right.gather(-1, told))
+
+def test_batches_come_again_and_only_the_order_is_wrong(digits):
+    def first(steps, **config): return [o for o, _ in zip(AblationTask(ablation_config(**config), digits).batches(), range(steps))]
+    clean, wrong = first(2), first(2, noise="swap", share=.4)
+    for (a, (S,)), (b, (U,)) in zip(clean, wrong):
+        assert torch.equal(a, b) and 20 < (S != U).any(-1).any(-1).sum() < 60
+        for dim in (1, 2): assert U.sum(dim).unique().tolist() == [1.]
+    held = first(6, method="fisher_k5", lam=.1)
+    assert all(torch.equal(held[0][0], o[0]) for o in held[:5]) and torch.equal(held[5][0], clean[1][0])
+
+def test_larger_sets(digits):
+    wide = AblationTask(ablation_config(test_n=[5, 10], eval_sets=100), digits)
+    labels = wide.evaluation("test")[2]
+    def shares(y): return {k: v.double().mean().item() for k, v in wide.scores(y, labels).items()}
+    right, spoiled = labels.double(), labels.double()
+    assert labels.shape == (100, 10) and shares(right) == dict(exact_match=1., element_match=1., n5_match=1., n10_match=1.)
+    spoiled[:, 9] = -1.                                       # the tenth image comes first
+    assert shares(spoiled)["n5_match"] == 1. and shares(spoiled)["n10_match"] < .3
+
+@pytest.mark.parametrize("kind", [dict(method="fisher_k5", lam=.1), dict(method="gradient_k2", lam=.1), dict(noise="swap", share=.5),
+                                  dict(method="fisher", noise="shuffle", share=.5), dict(n=3, test_n=[3, 6]), dict(method="hessian_abs_sample", lam=.1),
+                                  dict(relaxation="cauchy", method="fisher_sample", lam=.1)])
+def test_side_by_side_each_is_the_run_that_it_is_alone(kind, digits):
+    def make(): return [AblationTask(ablation_config(seed=s, batch=10, steps=8, eval_every=4, eval_sets=20, precision="float64", **kind), digits) for s in (0, 7)]
+    known = lambda curve: torch.tensor([float("nan") if o is None else o for o in curve], dtype=torch.float64)
+    for run, task in zip(fit(make()), make()):
+        alone, = fit([task])
+        assert run.error is None and alone.result.keys() == run.result.keys()
+        for k in alone.curves.keys() - {"seconds"}: assert_close(known(run.curves[k]), known(alone.curves[k]), rtol=1e-7, atol=1e-9, equal_nan=True)
 
 @pytest.mark.parametrize("lead", [(), (2,)])
 @pytest.mark.parametrize("steps", [1, 3])
@@ -105,30 +147,19 @@ def record(c, match): return dict(config=c, key=json.dumps(c), status="ok" if ma
 def test_choice_is_the_best_mean_and_failures_count_as_zero():
     matches = {(1e-3, 0): .3, (1e-3, 1): .3, (1e-2, 0): .9, (1e-2, 1): None, (1e-1, 0): .25, (1e-1, 1): .25}
     arm = Arm(dict(method="fisher"), tuple({"lam": o} for o in (1e-3, 1e-2, 1e-1)))
-    pick = lambda: _choose([arm, Arm(dict(method="none"))], dict(steps=10), {}, (0, 1), lambda cs: [record(c, matches[c["lam"], c["seed"]]) for c in cs])
+    pick = lambda: choose([arm, Arm(dict(method="none"))], dict(steps=10), {}, (0, 1), lambda cs: [record(c, matches[c["lam"], c["seed"]]) for c in cs])
     assert pick() == [{"lam": 1e-2}, {}]                  # .9 and a failure: .45
     matches[1e-2, 0] = .5
     assert pick() == [{"lam": 1e-3}, {}]
 
-def test_compare_is_the_paired_test_of_the_report():
-    a, b = [.31, .42, .55, None], [.30, .43, .50, .4]
-    runs = [record(dict(method=m, seed=s, n=5), v) for m, vs in (("fisher", a), ("none", b)) for s, v in enumerate(vs)]
-    is_method = lambda m: lambda c: c["method"] == m
-    row = compare_arms(runs, {"it": (is_method("fisher"), is_method("none"))}, lambda r: 100*r["result"]["exact_match"]).loc["it"]
-    expected = paired_test({s: 100*v for s, v in enumerate(a[:3])}, {s: 100*v for s, v in enumerate(b[:3])})
-    for k, v in expected.items(): assert abs(row[k] - v) < 1e-9
-    assert row.pairs == 3 and row.p_holm == row.p
-
-def test_forget_leaves_the_records_alone():
-    runs = [record(dict(method="none", seed=0, lr=.1, tau=1.), .5)]
-    assert forget(runs)[0]["config"]["lr"] is None and forget(runs)[0]["config"]["tau"] == 1.
-    assert forget(runs, "tau")[0]["config"] == dict(method="none", seed=0, lr=.1, tau=None)
-    assert runs[0]["config"]["lr"] == .1
+def test_every_method_has_three_candidates():
+    assert {len(candidates(m, .01)) for m in ablations.METHODS} == {3}
+    assert candidates("clip", .01)[0] == {"max_norm": .03} and candidates("none", .01)[1] == {"lr": .01}
 
 @pytest.mark.parametrize("name", ["targets", "transfer"])
 def test_an_ablation_runs_and_resumes(name, tmp_path):
-    tiny = dict(out=tmp_path/"out", tuning_out=tmp_path/"tuning", seeds=(0,), steps=5, tuning_steps=1, tuning_seeds=(7,), batch=4, eval_sets=10,
-                run=functools.partial(run_all, show=False))
+    tiny = dict(out=tmp_path/"out", tuning_out=tmp_path/"tuning", digits=load_digits(), seeds=(0,), steps=5, tuning_steps=1, tuning_seeds=(7,), batch=4,
+                eval_sets=10, show=False)
     runs = run_ablation(name, **tiny)
     assert len(runs) == len(ABLATIONS[name](**SIZE)) and all(r["status"] == "ok" for r in runs)
     assert {r["config"]["seed"] for r in runs} == {0}
@@ -139,5 +170,5 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
 
 @pytest.mark.parametrize("method", ["hessian", "hessian_abs_sample"])
 def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
-    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **ablations._STEEP)
+    c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **STEEP)
     assert fit([AblationTask(c, digits)])[0].error is None

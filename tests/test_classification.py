@@ -6,7 +6,7 @@ from reference import NeverLooks
 from torch.testing import assert_close
 
 from newton_losses_nb.lab.tasks import (CLASSIFIERS, Classification, ClassificationTask, classification_config, digit_loss,
-                                        _first_step, _glorot, lenet5, _like_tanh, mlp)
+                                        _first_step, _glorot, _lenet5, _like_tanh, _mlp)
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.core.newton import OutputLoss
 from newton_losses_nb.lab.data import load_digits
@@ -90,7 +90,7 @@ def test_a_seed_that_explodes_fails_alone(tmp_path):
     tasks = [task("mlp_relu", "sgd", "fisher", seed=s, cls=Wild) for s in range(3)]
     assert [r["status"] for r in run_all(tasks, tmp_path, "x", show=False)] == ["ok", "failed", "ok"]
 
-@pytest.mark.parametrize("build", [mlp, lenet5])
+@pytest.mark.parametrize("build", [_mlp, _lenet5])
 @pytest.mark.parametrize("side", [14, 28])
 def test_sigmoids_compute_what_tanh_computes(build, side):
     x = torch.randn(7, 1, side, side, dtype=torch.float64)

@@ -1,4 +1,5 @@
 """Commands: those of the notebooks are understood, a setting is one line, a dry run only tells, a report is about all that lies there."""
+import argparse
 import json
 import re
 import shlex
@@ -29,19 +30,14 @@ def commands():
 @pytest.mark.parametrize("line", commands())
 def test_commands_of_the_notebooks(line):
     "Parsed by the parser of the command, and its settings checked"
-    _, name, *argv = shlex.split(line)
+    args = vars(cli._parser().parse_args(shlex.split(line)[1:]))
+    name = args.pop("name")
     bench = cli.benches()[name]
-    p = cli._parser("nl_bench", bench.settings, bench.options)
-    if name == "ablation": p.add_argument("name")
-    args = vars(p.parse_args(argv))
-    assert isinstance(cli._pick(bench.options, args)[0], bench.options)
-    one, several = cli._pick(bench.settings, args)[1:]
-    if name == "ablation": assert bench.settings(**one)
-    else:
-        lists = {k: cli._seeds(v) if k == "seed" else cli._names(v) for k, v in several.items()}
-        assert bench.settings.grid(one | ({"train": 55_000} if name == "classification" else {}), **lists)
+    assert bench.options(**cli._pick(bench.options, args)[0])
+    same, lists = cli._pick(bench.settings, args)
+    assert bench.settings.grid(same | ({"train": 55_000} if name == "classification" else {}), **lists)
 
-def test_there_are_commands(): assert len(commands()) > 10
+def test_there_are_commands(): assert len(commands()) > 8
 
 @dataclass
 class Smoothed(Sorting):
@@ -52,14 +48,17 @@ def test_a_new_setting_is_one_line():
     "An option with help, an entry of the configuration; runs without it keep their keys"
     assert Smoothed.config() == sorting_config() and run_key(Smoothed.config(), "x") == run_key(sorting_config(), "x")
     assert Smoothed.config(smooth=.1) == sorting_config() | {"smooth": .1}
-    p = cli._parser("x", Smoothed, cli.GridOptions)
+    p = argparse.ArgumentParser()
+    for kind in (Smoothed, cli.Options): cli._add(p, kind)
     assert "Share of the label that goes to all (default: 0.0)" in " ".join(p.format_help().split())
     assert p.parse_args(["--smooth", "1"]).smooth == "1"
 
-@pytest.mark.parametrize("name", ["sorting", "paths", "classification", "ablation"])
+@pytest.mark.parametrize("name", ["sorting", "paths", "classification"])
 def test_every_setting_has_a_document_and_a_default(name):
     bench = cli.benches()[name]
-    help_text = cli._parser("x", bench.settings, bench.options).format_help()
+    p = argparse.ArgumentParser()
+    for kind in (bench.settings, bench.options): cli._add(p, kind)
+    help_text = p.format_help()
     for f in [*fields(bench.settings), *fields(bench.options)]:
         assert len(f.metadata["help"]) > 5
         if f.metadata["option"] != "": assert "--" + (f.metadata["option"] or f.name).replace("_", "-") in help_text

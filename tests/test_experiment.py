@@ -7,7 +7,7 @@ from reference import NeverLooks
 from tqdm.auto import tqdm
 
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import METHODS, CapturedStep, Training, fit, network_precision, one_by_one, run_all, _seed_groups, seeds_together
+from newton_losses_nb.lab.experiment import METHODS, CapturedStep, Training, fit, network_precision, one_by_one, run_all, seeds_together
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.tasks import PATH_LOSSES, PathTask, SortingTask, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
@@ -108,7 +108,7 @@ def test_too_few_sweeps_are_loud(make):
 def test_one_seed_fails(make, kind, method, tmp_path):
     "A seed that breaks in the second interval is recorded as failed, as it is alone, and does not touch the others"
     def tasks(): return [broken(t, 4) if t.config["seed"] == 1 else t for t in make(kind, (0, 1, 2), method=method, **({"steps": 9} if kind == "sorting" else {"epochs": 2}))]
-    alone, together = (list(run_all(tasks(), tmp_path/e.__name__, kind, show=False, engine=e)) for e in (one_by_one, seeds_together))
+    alone, together = (list(run_all(tasks(), tmp_path/k, kind, show=False, engine=e)) for k, e in dict(alone=one_by_one, together=seeds_together).items())
     assert [r["status"] for r in together] == ["ok", "failed", "ok"] == [r["status"] for r in alone]
     assert together[1]["error"].startswith("after step 3: step 5: expected finite loss") and alone[1]["error"] == together[1]["error"]
     for a, b in zip(alone, together):
@@ -145,11 +145,6 @@ def test_interrupted(make, tmp_path):
     assert len(read_runs(tmp_path)) == 2
     records = list(run_all(make("sorting", method="none") + make("sorting", method="clip"), tmp_path, "s", show=False, engine=seeds_together))
     assert len(read_runs(tmp_path)) == 4 and [r["config"]["method"] for r in records] == ["none"]*2 + ["clip"]*2
-
-def test_groups(make):
-    tasks = make("sorting", (0, 1, 2)) + make("sorting", (0, 1), method="clip") + make("paths")
-    assert [len(g) for g in _seed_groups(tasks)] == [3, 2, 2]
-    assert _seed_groups([]) == []
 
 @pytest.mark.parametrize("kind", ["sorting", "paths"])
 def test_blocks_of_data(make, kind):
@@ -188,12 +183,6 @@ def test_flags_of_precision_are_put_back():
         assert flags() == (True, True, True)
         raise KeyError
     assert flags() == before
-
-def test_channels_last(make):
-    a, b = (Training(make("paths", loss="relaxed_bf", network="resnet18", batch=4), channels_last=o) for o in (False, True))
-    assert not a.nets[0].body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert b.nets[0].body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(a.train(2), b.train(2), rtol=1e-8, atol=1e-10)
 
 def test_captured_step_on_cpu():
     out = CapturedStep(lambda x: x*2, [torch.zeros(2)])

@@ -1,11 +1,15 @@
 """Runs are the runs of version 0.1: stored records are found by their keys, and short runs have the weights, batches and curves stored in data/curves.json."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from newton_losses_nb.lab.ablations import AblationTask, ablation_config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"benchmarks"))
+
+from ablations import AblationTask, ablation_config
+
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.lab.records import read_runs, run_key, stored_results
