@@ -33,7 +33,7 @@ def make(digits, maps):
     return make
 
 KINDS = [("sorting", dict(relaxation=r, method=m)) for r, methods in (("neural_sort", METHODS), ("logistic", ("none", "fisher", "hessian_abs", "clip_grad"))) for m in methods]
-KINDS += [("sorting", dict(relaxation=r, method="fisher", loss=l)) for r, l in (("soft_sort", "cross_entropy"), ("cauchy", "bce"), ("gaussian", "bce_clamped"))]
+KINDS += [("sorting", dict(relaxation=r, method="fisher", loss=l)) for r, l in (("soft_sort", "cross_entropy"), ("cauchy", "bce"), ("cauchy", "bce_clamped"))]
 KINDS += [("paths", dict(loss="fenchel_young", method=m)) for m in METHODS]
 KINDS += [("paths", dict(loss=l, method=m)) for l in PATH_LOSSES[1:] for m in ("none", "fisher", "hessian", "hessian_abs", "clip", "clip_grad", "rms", "scalar")
           if not (l in ("relaxed_bf", "blackbox") and m.startswith("hessian"))]

@@ -14,7 +14,7 @@ from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.core.solves import spectral_step, spectrum
 from newton_losses_nb.sorting.losses import element_match, exact_match, ranking_loss
 
-D, NETWORKS = torch.double, ("logistic", "logistic_art", "gaussian", "cauchy", "reciprocal", "optimal")
+D, NETWORKS = torch.double, ("logistic", "cauchy")
 TOLERANCE = {torch.double: 1e-9, torch.float: 1e-4, torch.half: 1e-2, torch.bfloat16: 5e-2}
 many = lambda n, *draws: lambda test: settings(max_examples=n, deadline=None, derandomize=True)(given(*draws)(test))
 seeds, sizes, dtypes, spectra = st.integers(0, 10**6), st.integers(1, 6), st.sampled_from(list(TOLERANCE)), st.sampled_from(["raw", "abs", "clip"])
@@ -134,7 +134,7 @@ def test_relaxations_match_their_originals(n, seed, kind, beta):
     pairs += [(soft_sort(s, 1/beta), softsort.SoftSort(1/beta)(s).flip(-2))]
     for name in NETWORKS:
         for plan in ("odd_even", "bitonic")[:1 + (n > 1)]:
-            peer = sort.DiffSortNet(plan, n, steepness=beta, distribution={"logistic_art": "logistic_phi"}.get(name, name))
+            peer = sort.DiffSortNet(plan, n, steepness=beta, distribution=name)
             pairs += [(sorting_network(s, plan, name, beta), peer(s)[1].mT)]
             assert torch.allclose(sorting_network(s, plan, name, beta, log=True).exp(), pairs[-1][0], atol=1e-12)
     for ours, theirs in pairs: assert torch.allclose(ours, theirs, atol=1e-8 if ours.dtype == D else 1e-3)

@@ -68,8 +68,7 @@ def _by_epochs(s, what):
 
 # %% ../../nbs/lab/05_tasks.ipynb #20aee803
 SHARPNESS = { # Temperature or steepness of each relaxation
-    "neural_sort": 0.3, "soft_sort": 0.3, "logistic": 10., "logistic_art": 10.,
-    "gaussian": 10., "cauchy": 10., "reciprocal": 10., "optimal": 10.}
+    "neural_sort": 0.3, "soft_sort": 0.3, "logistic": 10., "cauchy": 10.}
 LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2} # Of Adam, for each network
 
 @dataclass
