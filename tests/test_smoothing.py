@@ -29,12 +29,11 @@ def data():
     y, w = torch.rand(4, 5, 9, generator=g) + 0.5, solver(torch.rand(4, 5, 9, generator=g))
     return y, w, torch.randn(6, 9, generator=g)
 
-@pytest.mark.parametrize("more", [{}, {"antithetic": True}, {"baseline": "value"}, {"baseline": "none"}, {"distribution": "gumbel"}], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_vmap(name, more, data):
+def test_vmap(name, data):
     "Value and gradient of a stack of batches are those of each batch"
     y, w, e = data
-    f = LOSSES[name](Noise(0.5, fixed=torch.cat([e, -e]) if "antithetic" in more else e, **more))
+    f = LOSSES[name](Noise(0.5, fixed=e))
     assert_close(torch.func.vmap(f)(y, w), torch.stack([f(*o) for o in zip(y, w)]))
     grad = torch.func.grad(lambda y, w: f(y, w).sum())
     slow = []
@@ -75,17 +74,14 @@ def test_no_numbers(bad, data):
     with pytest.raises(ValueError, match="samples: expected a whole number"): Noise(samples=True)
 
 def test_noise():
-    noise = Noise(numpy.float32(0.5), 4, generator=torch.Generator().manual_seed(7), antithetic=True)
-    assert repr(noise) == "Noise(sigma=0.5, samples=4, antithetic=True, generator=torch.Generator('cpu').manual_seed(7))"
-    again = eval(repr(noise))
-    assert torch.equal(draw_noise(torch.zeros(3, 2), noise), draw_noise(torch.zeros(3, 2), again))
+    noise = Noise(numpy.float32(0.5), 4, generator=torch.Generator().manual_seed(7))
+    assert repr(noise).startswith("Noise(sigma=0.5, samples=4, generator=")
     fixed = dataclasses.replace(noise, fixed=draw_noise(torch.zeros(3, 2), noise))
     assert fixed.samples == 4 and torch.equal(draw_noise(torch.zeros(3, 2), fixed), fixed.fixed)
     with pytest.raises(dataclasses.FrozenInstanceError): noise.sigma = 1.
     with pytest.raises(ValueError, match="samples: expected 3, as many as fixed has"): Noise(samples=4, fixed=torch.zeros(3, 2))
     with pytest.raises(TypeError, match="noise: expected Noise"): FenchelYoungLoss(solver, 10)
     with pytest.raises(TypeError, match="noise: expected Noise"): smoothed_algorithm(different, torch.zeros(1, 9), 10)
-    assert repr(SmoothedLoss(different, Noise(0.5))) == "SmoothedLoss(loss_of_algorithm=different, noise=Noise(sigma=0.5))"
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_gives_nan(name):
@@ -140,7 +136,7 @@ func.vmap(s.shortest_path)(cost), func.vmap(func.grad(lambda c: r.relaxed_bellma
 flat = lambda c: s.shortest_path(c.clamp(min=1e-3).unflatten(-1, (5, 4))).flatten(-2)
 hard, soft = lambda c, w: (flat(c) - w).abs().sum(1), lambda a, w: (a - w).square().sum(1)
 y, w = cost.flatten(1).clone().requires_grad_(), flat(cost.flip(0).flatten(1))
-for noise in (b.Noise(), b.Noise(0.5, 4, antithetic=True), b.Noise(0.5, 3, "gumbel", "value"),
+for noise in (b.Noise(), b.Noise(0.5, 4), 
               b.Noise(fixed=torch.randn(3, 20)), b.Noise(fixed=torch.randn(6, 3, 20))):
     b.draw_noise(y, noise)
     for f in (m.SmoothedLoss(hard, noise), m.SmoothedAlgorithmLoss(flat, soft, noise), b.FenchelYoungLoss(flat, noise, floor=1e-3)):
@@ -151,7 +147,7 @@ m.blackbox(flat, y, 2.).sum().backward()
 f = m.BlackboxLoss(flat, soft, 2., None)
 f(y, w), f.derivatives(y, w, hessian=False)
 maps = t.terrain_maps(3, 4)
-maps[:2], maps.to("cpu"), t.load_maps(train=2, valid=2, test=2, size=4), t.cached_maps(2, 4)
+maps[:2], maps.to("cpu"), t.load_maps(train=2, valid=2, test=2, size=4)
 with pytest.raises(Exception, match="ype"): s.shortest_path("no")
 '''
 

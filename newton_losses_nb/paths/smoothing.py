@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..core.derivatives import (
     derivatives as derivatives_of, sample_losses)
-from .exact import positive
+from ..core.solves import positive
 from .fenchel_young import (
-    AsCode, Noise, call, check_noise, check_tensor, checked_floor, draw_noise,
+    Noise, call, check_noise, check_tensor, checked_floor, draw_noise,
     minus_baseline, raised, ratio_minus_1)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #68dfba94
@@ -34,12 +34,9 @@ def smoothed_algorithm(
 def _sample(name, algorithm, y, noise, args=()):
     "Results `(N, S, ...)` at noisy points, those minus the baseline, the noise"
     e = draw_noise(y, noise)
-    def at(e):
-        moves = (noise.sigma*e).reshape(*e.shape[:2], *y.shape[1:])
-        return call(name, algorithm, y.detach()[:, None] + moves, args)
-    f = at(e)
-    centred = minus_baseline(f, noise, lambda: at(torch.zeros_like(e[:, :1]))[:, 0])
-    return f.to(y.dtype), centred.to(y.dtype), e
+    moves = (noise.sigma*e).reshape(*e.shape[:2], *y.shape[1:])
+    f = call(name, algorithm, y.detach()[:, None] + moves, args)
+    return f.to(y.dtype), minus_baseline(f).to(y.dtype), e
 
 def _mean(y, noise, f, centred, e):
     "Mean of the results, as a function of `y`"
@@ -48,20 +45,17 @@ def _mean(y, noise, f, centred, e):
 
 # %% ../../nbs/paths/03_smoothing.ipynb #dabab880
 def _weighted_hessian(
-    weight:Float[Tensor, "N S"],  # Weight of each sample
+    weight:Float[Tensor, "N S"],  # Weight of each sample; they sum to zero
     e:Float[Tensor, "N S m"],     # Standard noise
-    noise:Noise,                  # Its size and distribution
-) -> Float[Tensor, "N m m"]:      # Mean of weight · (s sᵀ + diag κ)/σ²
-    "Score-function estimate of a Hessian"
-    kind, weight = noise.kind, weight[..., None]
-    s = kind.score(e)
-    outer = torch.einsum("nsi,nsj->nij", weight*s, s)
-    diagonal = torch.diag_embed((weight*kind.curvature(e)).sum(1))
-    return (outer + diagonal)/(e.shape[1]*noise.sigma**2)
+    noise:Noise,                  # Its size
+) -> Float[Tensor, "N m m"]:      # Mean of weight · ε εᵀ/σ²
+    "Estimate of a Hessian from the likelihood ratio"
+    scale = e.shape[1]*noise.sigma**2
+    return torch.einsum("nsi,nsj->nij", weight[..., None]*e, e)/scale
 
 # %% ../../nbs/paths/03_smoothing.ipynb #60dc26e0
-@dataclass(eq=False, repr=False)
-class SmoothedLoss(AsCode):
+@dataclass(eq=False)
+class SmoothedLoss:
     "Stochastic smoothing of a black-box loss, with its own gradient and Hessian"
     loss_of_algorithm:Callable # Maps `(batch, ...)` and more to `(batch,)`
     noise:Noise=Noise()        # What noise is added
@@ -83,10 +77,9 @@ class SmoothedLoss(AsCode):
         hessian:bool=True,       # Hessians too?
     ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
-        (f, centred, e), noise = self._losses(y, args), self.noise
-        s, scale = noise.kind.score(e), e.shape[1]*noise.sigma
-        G = torch.einsum("ns,nsm->nm", centred, s)/scale
-        H = _weighted_hessian(centred, e, noise) if hessian else None
+        f, centred, e = self._losses(y, args)
+        G = torch.einsum("ns,nsm->nm", centred, e)/(e.shape[1]*self.noise.sigma)
+        H = _weighted_hessian(centred, e, self.noise) if hessian else None
         return f.mean(1), G, H
 
     def _losses(self, y, args):
@@ -98,8 +91,8 @@ class SmoothedLoss(AsCode):
                          f"(reduction='none')")
 
 # %% ../../nbs/paths/03_smoothing.ipynb #d6f2872c
-@dataclass(eq=False, repr=False)
-class SmoothedAlgorithmLoss(AsCode):
+@dataclass(eq=False)
+class SmoothedAlgorithmLoss:
     "A differentiable loss of a smoothed algorithm, with its own gradient and Hessian"
     algorithm:Callable        # Maps `(batch, m)` to `(batch, k)`, without gradient
     loss_fn:Callable          # Differentiable; mean results `(N, k)` and more to `(N,)`
@@ -126,19 +119,16 @@ def derivatives(
     hessian:bool=True,       # Hessians too?
 ) -> tuple:                  # Losses, gradients, Hessians or None
     "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
-    noise = self.noise
-    a, centred, e = _sample("algorithm", self.algorithm, y, noise)
-    second = "full" if hessian else None
-    loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, second=second,
-                                   check=False)
-    s, scale = noise.kind.score(e), e.shape[1]*noise.sigma
-    J = torch.einsum("nsk,nsm->nkm", centred, s)/scale
+    a, centred, e = _sample("algorithm", self.algorithm, y, self.noise)
+    loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, check=False,
+                                   second="full" if hessian else None)
+    J = torch.einsum("nsk,nsm->nkm", centred, e)/(e.shape[1]*self.noise.sigma)
     G = torch.einsum("nk,nkm->nm", dL, J)
     if not hessian: return loss, G, None
     H = J.mT @ ddL @ J
     if self.gauss_newton: return loss, G, H
     weight = torch.einsum("nsk,nk->ns", centred, dL)
-    return loss, G, H + _weighted_hessian(weight, e, noise)
+    return loss, G, H + _weighted_hessian(weight, e, self.noise)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #403c11b9
 class _Blackbox(torch.autograd.Function):
@@ -168,8 +158,8 @@ def blackbox(
     return _Blackbox.apply(y, solver, positive("lam", lam), checked_floor(floor))
 
 # %% ../../nbs/paths/03_smoothing.ipynb #5ae574f0
-@dataclass(eq=False, repr=False)
-class BlackboxLoss(AsCode):
+@dataclass(eq=False)
+class BlackboxLoss:
     "A differentiable loss of a solver's result, by blackbox differentiation"
     solver:Callable        # Maps costs to best solutions, smallest ⟨w, y⟩
     loss_fn:Callable       # Differentiable loss of each solution
