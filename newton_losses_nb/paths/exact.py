@@ -180,7 +180,6 @@ def check_same_shape(name, x, other, y):
 
 def checked_steps(name, n): return None if n is None else number(name, n, 1, whole=True)
 
-# %% ../../nbs/paths/00_exact.ipynb #5c0e1a77
 def _check_cost(cost):
     if cost.detach().amin() >= 0: return
     nan, negative = int(cost.isnan().sum()), int((cost < 0).sum())

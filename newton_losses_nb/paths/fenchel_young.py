@@ -47,6 +47,10 @@ def _samples(o):
 def _described(x):
     return f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
+def check_noise(x):
+    if not isinstance(x, Noise): raise TypeError(
+        f"noise: expected Noise(sigma=..., samples=..., ...), got {type(x).__name__}")
+
 # %% ../../nbs/paths/02_fenchel_young.ipynb #0a64be72
 def draw_noise(
     y:Float[Tensor, "N ..."],  # Outputs, for shape, dtype and device
@@ -68,20 +72,10 @@ def draw_noise(
         f"(where a batch is cut, by chunk_size, it must be (S, {m}))")
     return fixed.to(y).expand(n, *fixed.shape[-2:])
 
-# %% ../../nbs/paths/02_fenchel_young.ipynb #228b4973
-def check_noise(x):
-    if not isinstance(x, Noise): raise TypeError(
-        f"noise: expected Noise(sigma=..., samples=..., ...), got {type(x).__name__}")
-
 # %% ../../nbs/paths/02_fenchel_young.ipynb #b6560b79
 @torch.no_grad()
-def call(
-    name:str,            # What to call the algorithm in errors
-    algorithm:Callable,  # Maps `(batch, ...)` to `(batch, ...)`
-    points:Float[Tensor, "N S ..."], # S inputs for each row
-    args:tuple=(),       # Further arguments
-) -> Shaped[Tensor, "N S ..."]: # Results, in the dtype of the points at least
-    "Results of an algorithm for many points, from one call"
+def call(name:str, algorithm:Callable, points:Float[Tensor, "N S ..."], args=()):
+    "Results `(N, S, ...)` of an algorithm for many points, from one call"
     n, S = points.shape[:2]
     def per_row(a): return isinstance(a, Tensor) and a.ndim > 0 and len(a) == n
     args = [a.repeat_interleave(S, 0) if per_row(a) else a for a in args]
@@ -112,6 +106,9 @@ def check_tensor(name, f):
         f"{name}: expected a torch tensor, got {type(f).__module__}."
         f"{type(f).__name__}: return torch.as_tensor(...)")
 
+def checked_floor(x): return None if x is None else number("floor", x, -math.inf)
+def raised(costs, floor): return costs if floor is None else costs.clamp(min=floor)
+
 # %% ../../nbs/paths/02_fenchel_young.ipynb #a966354a
 def ratio_minus_1(
     y:Float[Tensor, "N m"],       # Where the derivatives are wanted
@@ -141,10 +138,6 @@ class FenchelYoungLoss:
     def __post_init__(self):
         check_noise(self.noise)
         self.floor = checked_floor(self.floor)
-
-# %% ../../nbs/paths/02_fenchel_young.ipynb #908497a5
-def checked_floor(x): return None if x is None else number("floor", x, -math.inf)
-def raised(costs, floor): return costs if floor is None else costs.clamp(min=floor)
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #2aa2d3bc
 @patch

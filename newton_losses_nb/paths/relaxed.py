@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..core.derivatives import in_transform, widened
-from ..core.solves import choice, number, positive
+from ..core.solves import choice, positive
 from .exact import (
     NEIGHBOURS, check_grid, check_same_shape, checked_steps, neighbours)
 
@@ -41,9 +41,9 @@ def _far(cost, beta):
 
 # %% ../../nbs/paths/01_relaxed.ipynb #e54050fd
 _T_CONORMS = {
-    "probabilistic": lambda a, b, q: a + b - a*b,
-    "hamacher": lambda a, b, q: (a + b + (q - 2)*a*b)/(1 + (q - 1)*a*b),
-    "yager": lambda a, b, q: 1 - torch.relu(1 - a - b),
+    "probabilistic": lambda a, b: a + b - a*b,
+    "hamacher": lambda a, b: (a + b + 3*a*b)/(1 + 4*a*b),
+    "yager": lambda a, b: 1 - torch.relu(1 - a - b),
 }
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
@@ -197,18 +197,17 @@ def relaxed_bellman_ford(
     beta:float,                        # Inverse temperature β: large is sharp
     n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
     loop:str="for",  # "for": `n_iter` steps back; "while": 16 more, to the start
-    t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager" (1)
-    q:float=5.,                        # Parameter of the Hamacher T-conorm, at least 0
+    t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager"
 ) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
     "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
     check_grid("cost", cost)
-    beta, q, n = positive("beta", beta), number("q", q), checked_steps("n_iter", n_iter)
+    beta, n = positive("beta", beta), checked_steps("n_iter", n_iter)
     choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     H, W = cost.shape[-2:]
     n = H + W if n is None else n
     at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n,
                            n if loop == "for" else n + 16)
-    tracked = list(itertools.accumulate(at, lambda a, b: _T_CONORMS[t_conorm](a, b, q)))
+    tracked = list(itertools.accumulate(at, _T_CONORMS[t_conorm]))
     path = grids(tracked[-1]) if loop == "for" else _while_mean(
         grids(torch.stack(tracked)), beta)
     return path.reshape(cost.shape).to(cost.dtype)

@@ -43,16 +43,6 @@ def _mean(y, noise, f, centred, e):
     r = ratio_minus_1(y.flatten(1), e, noise)
     return f.mean(1) + (centred*r.reshape(*r.shape, *[1]*(f.ndim - 2))).mean(1)
 
-# %% ../../nbs/paths/03_smoothing.ipynb #dabab880
-def _weighted_hessian(
-    weight:Float[Tensor, "N S"],  # Weight of each sample; they sum to zero
-    e:Float[Tensor, "N S m"],     # Standard noise
-    noise:Noise,                  # Its size
-) -> Float[Tensor, "N m m"]:      # Mean of weight · ε εᵀ/σ²
-    "Estimate of a Hessian from the likelihood ratio"
-    scale = e.shape[1]*noise.sigma**2
-    return torch.einsum("nsi,nsj->nij", weight[..., None]*e, e)/scale
-
 # %% ../../nbs/paths/03_smoothing.ipynb #60dc26e0
 @dataclass(eq=False)
 class SmoothedLoss:
@@ -78,9 +68,10 @@ class SmoothedLoss:
     ) -> tuple:                  # Losses, gradients, Hessians or None
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
         f, centred, e = self._losses(y, args)
-        G = torch.einsum("ns,nsm->nm", centred, e)/(e.shape[1]*self.noise.sigma)
-        H = _weighted_hessian(centred, e, self.noise) if hessian else None
-        return f.mean(1), G, H
+        S, u = e.shape[1], e/self.noise.sigma
+        G = torch.einsum("ns,nsm->nm", centred, u)/S
+        if not hessian: return f.mean(1), G, None
+        return f.mean(1), G, torch.einsum("ns,nsi,nsj->nij", centred, u, u)/S
 
     def _losses(self, y, args):
         name = "loss_of_algorithm"
@@ -122,13 +113,14 @@ def derivatives(
     a, centred, e = _sample("algorithm", self.algorithm, y, self.noise)
     loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, check=False,
                                    second="full" if hessian else None)
-    J = torch.einsum("nsk,nsm->nkm", centred, e)/(e.shape[1]*self.noise.sigma)
+    S, u = e.shape[1], e/self.noise.sigma
+    J = torch.einsum("nsk,nsm->nkm", centred, u)/S
     G = torch.einsum("nk,nkm->nm", dL, J)
     if not hessian: return loss, G, None
     H = J.mT @ ddL @ J
     if self.gauss_newton: return loss, G, H
     weight = torch.einsum("nsk,nk->ns", centred, dL)
-    return loss, G, H + _weighted_hessian(weight, e, self.noise)
+    return loss, G, H + torch.einsum("ns,nsi,nsj->nij", weight, u, u)/S
 
 # %% ../../nbs/paths/03_smoothing.ipynb #403c11b9
 class _Blackbox(torch.autograd.Function):

@@ -126,9 +126,7 @@ class Maps:
     def __len__(self): return len(self.images)
     def __getitem__(self, index): return self._each(lambda x: x[index])
 
-    def to(self,
-        device:str|torch.device, # Where the tensors shall lie
-    ) -> 'Maps':                 # A copy on that device
+    def to(self, device:str|torch.device) -> 'Maps':
         "The same maps on another device"
         return self._each(lambda x: x.to(device))
 
