@@ -31,6 +31,15 @@ def _sweep(up, mid, down, col, left, centre, right, best, cost, inner):
     torch.minimum(best, centre, out=best)
     torch.add(best, cost, out=inner)
 
+def _settle(whole, inner, until):
+    "One more sweep, or `until` nothing changes; where it changed nothing"
+    while True:
+        before = inner.clone()
+        _sweep(*whole)
+        same = (before == inner).flatten(0, 1).all(0)
+        if not until or same.all(): return same
+        for _ in range(3): _sweep(*whole)
+
 # %% ../../nbs/paths/00_exact.ipynb #07e96802
 def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
     "Distances `(B+1, H+2, W+2)`, the first empty, and which maps are settled"
@@ -55,15 +64,6 @@ def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
         settled[k:k+m] = _settle(whole, inner, n_iter is None)[:m]
         found[k+1:k+1+m] = d[..., :m].permute(2, 0, 1)
     return found, settled
-
-def _settle(whole, inner, until):
-    "One more sweep, or `until` nothing changes; where it changed nothing"
-    while True:
-        before = inner.clone()
-        _sweep(*whole)
-        same = (before == inner).flatten(0, 1).all(0)
-        if not until or same.all(): return same
-        for _ in range(3): _sweep(*whole)
 
 # %% ../../nbs/paths/00_exact.ipynb #d92551bf
 NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
@@ -124,7 +124,8 @@ def shortest_path(
         return _Mapped.apply(cost.detach(), n_iter)
     if n_iter is None: _check_cost(cost)
     maps = widened(cost.detach()).reshape(-1, *cost.shape[-2:])
-    path = _solve(maps, cost.shape[:-2]) if n_iter is None else _solve_fixed(maps, n_iter)
+    if n_iter is None: path = _solve(maps, cost.shape[:-2])
+    else: path = _solve_fixed(maps, n_iter)
     return path.reshape(cost.shape).to(cost.dtype)
 
 def _solve(cost:Float[Tensor, "B H W"], batch:torch.Size) -> Float[Tensor, "B H W"]:

@@ -165,9 +165,9 @@ def _backward(g, D, network, relaxation, steepness):
     slope = _slopes(c, relaxation, steepness, 1)[0]*sign
     G = g.new_zeros(n, N, n + 1)
     G[..., :n] = g.transpose(0, 1)
-    for (_, low, high), w, slope, difference in reversed(_steps(G, groups, w, slope, D)):
+    for (_, low, high), w, slope, c in reversed(_steps(G, groups, w, slope, D)):
         d = high - low
-        along = (d*difference).sum(-1)
+        along = (d*c).sum(-1)
         d *= w
         d[..., n].addcmul_(along, slope, value=-1)
         low += d
