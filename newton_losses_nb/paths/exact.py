@@ -36,8 +36,8 @@ def _settle(whole, inner, until):
     while True:
         before = inner.clone()
         _sweep(*whole)
-        same = (before == inner).flatten(0, 1).all(0)
-        if not until or same.all(): return same
+        if not until or torch.equal(before, inner):
+            return (before == inner).flatten(0, 1).all(0)
         for _ in range(3): _sweep(*whole)
 
 # %% ../../nbs/paths/00_exact.ipynb #07e96802
