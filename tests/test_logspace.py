@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from newton_losses_nb.sorting.more import bubble_sort, sinkhorn_sort, swap_loss
+from newton_losses_nb.sorting.more import sinkhorn_sort
 from newton_losses_nb.sorting.relaxations import ranking_gradient
 from newton_losses_nb.sorting.losses import (
     SortingLoss, element_match, exact_match, log_complement, neural_sort, ranking_loss, soft_sort, sorting_network, true_permutation)
@@ -21,7 +21,7 @@ BETA, N_ITER = 10., 3
 SPREADS = (1e-3, 0.1, 1., 10., 1e3, 1e5, 1e7)
 PATTERNS = {"right": (-0.31, 0.13, 0.74), "reversed": (0.74, 0.13, -0.31), "mixed": (0.13, 0.74, -0.31)}
 NETWORKS = ("logistic", "logistic_art", "gaussian", "cauchy", "reciprocal", "optimal")
-SORTS = ("neural_sort", "soft_sort", "sinkhorn", "bubble", "bubble_while", *NETWORKS)
+SORTS = ("neural_sort", "soft_sort", "sinkhorn", *NETWORKS)
 DTYPES = (torch.float32, torch.float64)
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-11}
 
@@ -38,13 +38,12 @@ def mp_alpha(v, name):
 def mp_steep(c, name): return BETA*(c/(abs(c) + mp.mpf("1e-10"))**mp.mpf("0.25") if name == "logistic_art" else c)
 
 def mp_compare(x, P, i, name):
-    "One comparison of wires i and i + 1; the weights of staying and of swapping"
+    "One comparison of wires i and i + 1"
     v = mp_steep(x[i+1] - x[i], name)
     a, b = mp_alpha(v, name), mp_alpha(-v, name)
     mix = lambda u, w: ([a*p + b*q for p, q in zip(u, w)], [b*p + a*q for p, q in zip(u, w)])
     P[i], P[i+1] = mix(P[i], P[i+1])
     (x[i],), (x[i+1],) = mix(x[i:i+1], x[i+1:i+2])
-    return a, b
 
 def mp_network(s, name):
     x, n = list(s), len(s)
@@ -52,20 +51,6 @@ def mp_network(s, name):
     for k in range(n):
         for i in range(k % 2, n - 1, 2): mp_compare(x, P, i, name)
     return P
-
-def mp_bubble(s, loop):
-    x, n, going, swaps, mean = list(s), len(s), mp.mpf(1), mp.mpf(0), mp.mpf(0)
-    P = [[mp.mpf(i == j) for j in range(n)] for i in range(n)]
-    total = [[mp.mpf(0)]*n for _ in s]
-    for last in range(n - 1, -1, -1):
-        swapped, calm = mp.mpf(0), mp.mpf(1)
-        for i in range(last):
-            stay, swap = mp_compare(x, P, i, "logistic")
-            swaps, swapped, calm = swaps + swap, swap + stay*swapped, calm*stay
-        leave = going*(calm if last else 1)
-        total = [[t + leave*p for t, p in zip(*rows)] for rows in zip(total, P)]
-        mean, going = mean + leave*swaps, going*swapped
-    return (P, swaps) if loop == "for" else (total, mean)
 
 def mp_softmax(L):
     top = max(L)
@@ -84,7 +69,6 @@ def mp_rows(s, name):
     return P
 
 def mp_sort(s, name):
-    if name.startswith("bubble"): return mp_bubble(s, "while" if name.endswith("while") else "for")[0]
     return mp_network(s, name) if name in NETWORKS else mp_rows(s, name)
 
 WEIGHTS = ((0.3, 0.1, 0.6), (0.2, 0.7, 0.1), (0.5, 0.2, 0.3))
@@ -102,7 +86,6 @@ def mp_losses(s, name):
            "bce": -sum(log_P[i][j] if i == j else rest[i][j] for i, j in pairs)/n**2,
            "complement": -sum(WEIGHTS[i][j]*rest[i][j] for i, j in pairs),
            "plain": sum(WEIGHTS[i][j]*P[i][j]**2 for i, j in pairs)}
-    if name.startswith("bubble"): out["swaps"] = mp_bubble(s, "while" if name.endswith("while") else "for")[1]
     return out
 
 @functools.cache
@@ -136,12 +119,10 @@ def soften(s, name, log):
     if name == "neural_sort": return neural_sort(s, 1., log)
     if name == "soft_sort": return soft_sort(s, 1., log)
     if name == "sinkhorn": return sinkhorn_sort(s, 1., N_ITER, log)
-    if name.startswith("bubble"): return bubble_sort(s, BETA, "while" if name.endswith("while") else "for", log)
     return sorting_network(s, "odd_even", name, BETA, log)
 
 def loss(s, name, kind):
     T, W = torch.eye(3, dtype=s.dtype).expand(*s.shape, 3), torch.tensor(WEIGHTS, dtype=s.dtype)
-    if kind == "swaps": return swap_loss(s, T, BETA, "while" if name.endswith("while") else "for")
     if kind == "plain": return (W*soften(s, name, False).square()).sum((-2, -1))
     log_P = soften(s, name, True)
     if kind == "own": return -(W*log_P).sum((-2, -1))
@@ -185,12 +166,12 @@ def errors(name, kind, dtype, way):
             allowed = SLACK[dtype]*b.abs().max() + 4*torch.finfo(dtype).eps*size
             yield float((a.double() - b).abs().max()/allowed) if a.isfinite().all() else float("inf"), case
 
-def kinds(name): return ("own", "cross_entropy", "bce", "complement", "plain", *(("swaps",) if name.startswith("bubble") else ()))
+KINDS = ("own", "cross_entropy", "bce", "complement", "plain")
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SORTS)
 def test_derivatives(name, way):
-    for kind, dtype in itertools.product(kinds(name), DTYPES):
+    for kind, dtype in itertools.product(KINDS, DTYPES):
         error, case = max(errors(name, kind, dtype, WAYS[way]))
         assert error < 1, f"{kind}, {dtype}, {case}: {error:.1e} times what is allowed"
 

@@ -52,6 +52,16 @@ def sample_losses(
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), "
                      f"got {_given(loss)}{hint}")
 
+# %% ../../nbs/core/01_derivatives.ipynb #5e1fa3c2
+def widened(x): return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+def in_transform(x):
+    "Is a transform, forward mode, `torch.compile` or another tensor at work?"
+    return (torch.compiler.is_compiling() or type(x) is not Tensor
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(x)
+            or torch.autograd.forward_ad._current_level >= 0)
+
 # %% ../../nbs/core/01_derivatives.ipynb #10100974
 def _products(G, y, V:Float[Tensor, "K N m"], keep:Callable=lambda v, P: P):
     "Products of vectors with all samples' Hessians; `keep` says what of them is kept"

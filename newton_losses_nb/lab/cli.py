@@ -6,7 +6,7 @@
 __all__ = ['Options', 'PathOptions', 'ray_engine', 'benches', 'nl_bench', 'nl_report']
 
 # %% ../../nbs/lab/13_cli.ipynb #f1391c59
-import argparse, contextlib, functools, os, re, socket, sys
+import argparse, functools, os, re, socket, sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from ..core.derivatives import widened
 from ..core.solves import number
 
 # %% ../../nbs/paths/00_exact.ipynb #80072686
@@ -30,62 +31,39 @@ def _sweep(up, mid, down, col, left, centre, right, best, cost, inner):
     torch.minimum(best, centre, out=best)
     torch.add(best, cost, out=inner)
 
+def _settle(whole, inner, until):
+    "One more sweep, or `until` nothing changes; where it changed nothing"
+    while True:
+        before = inner.clone()
+        _sweep(*whole)
+        if not until or torch.equal(before, inner):
+            return (before == inner).flatten(0, 1).all(0)
+        for _ in range(3): _sweep(*whole)
+
 # %% ../../nbs/paths/00_exact.ipynb #07e96802
-class _Sweeps:
-    "Value iteration on some maps at a time, in buffers that are made once"
-    def __init__(self, cost, chunk):
-        self.n, new = max(cost.shape[1:]), lambda *shape: cost.new_zeros(*shape, chunk)
-        H, W = cost.shape[1:]
-        self.cost, self.d, self.before = new(H, W), new(H + 2, W + 2), new(H, W)
-        scratch = new(H, W + 2), new(H, W)
-        corners = [_slices(self.cost, self.d, *scratch, n) for n in range(3, self.n, 3)]
-        self.corners = [o for o in corners for _ in range(3)]
-        self.whole = _slices(self.cost, self.d, *scratch, self.n)
-        self.inner = self.d[1:-1, 1:-1]
-
-    def start(self, cost):
-        "Read the costs, `(B, H, W)` (adding 0 turns -0 into 0)"
-        torch.add(cost.permute(1, 2, 0), 0, out=self.cost[..., :len(cost)])
-        self.d.fill_(torch.inf)
-        self.d[1, 1] = self.cost[0, 0]
-        self.cost[0, 0].zero_()
-
-    def sweep(self, n):
-        "The first `n` sweeps"
-        for o in self.corners[:n]: _sweep(*o)
-        for _ in range(n - len(self.corners)): _sweep(*self.whole)
-
-    def last(self):
-        "One more sweep, which keeps the distances before it"
-        self.before.copy_(self.inner)
-        _sweep(*self.whole)
-
-    def settle(self):
-        "Sweep until nothing changes"
-        self.sweep(self.n + 1)
-        while True:
-            for _ in range(3): _sweep(*self.whole)
-            self.last()
-            if torch.equal(self.before, self.inner): return
-
-# %% ../../nbs/paths/00_exact.ipynb #ee8e3871
 def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
     "Distances `(B+1, H+2, W+2)`, the first empty, and which maps are settled"
     B, H, W = cost.shape
-    d = cost.new_full((B + 1, H + 2, W + 2), torch.inf)
+    found = cost.new_full((B + 1, H + 2, W + 2), torch.inf)
     settled = torch.ones(B, dtype=torch.bool, device=cost.device)
     cells = 2**17//cost.element_size() if cost.device.type == "cpu" else 2**22
     chunk = max(1, min(B, cells//(H*W)))
-    sweeps = _Sweeps(cost, chunk)
+    c, d, *scratch = (cost.new_zeros(*shape, chunk)
+                      for shape in ((H, W), (H + 2, W + 2), (H, W + 2), (H, W)))
+    whole, inner = _slices(c, d, *scratch, max(H, W)), d[1:-1, 1:-1]
+    first = [o for n in range(3, max(H, W), 3)
+             for o in [_slices(c, d, *scratch, n)]*3]
+    n_first = max(H, W) + 4 if n_iter is None else n_iter
     for k in range(0, B, chunk):
         m = min(chunk, B - k)
-        sweeps.start(cost[k:k+m])
-        if n_iter is None: sweeps.settle()
-        else:
-            sweeps.sweep(n_iter); sweeps.last()
-            settled[k:k+m] = (sweeps.before == sweeps.inner).flatten(0, 1).all(0)[:m]
-        d[k+1:k+1+m] = sweeps.d[..., :m].permute(2, 0, 1)
-    return d, settled
+        torch.add(cost[k:k+m].permute(1, 2, 0), 0, out=c[..., :m])
+        d.fill_(torch.inf)
+        d[1, 1] = c[0, 0]
+        c[0, 0].zero_()
+        for o in (first + n_first*[whole])[:n_first]: _sweep(*o)
+        settled[k:k+m] = _settle(whole, inner, n_iter is None)[:m]
+        found[k+1:k+1+m] = d[..., :m].permute(2, 0, 1)
+    return found, settled
 
 # %% ../../nbs/paths/00_exact.ipynb #d92551bf
 NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
@@ -95,46 +73,9 @@ def neighbours(padded):
     H, W = padded.shape[-2] - 2, padded.shape[-1] - 2
     return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in NEIGHBOURS], 1)
 
-# %% ../../nbs/paths/00_exact.ipynb #d7a61e0d
-def _walk(which:Tensor) -> Bool[Tensor, "B H W"]:
-    "Follow the predecessors from the bottom right corner to the top left one"
-    B, H, W = which.shape
-    steps = torch.tensor([i*W + j for i, j in NEIGHBOURS], device=which.device)
-    before = torch.arange(H*W, device=which.device) + steps[which.flatten(1)]
-    before[:, 0] = 0
-    at = torch.full((B, 1), H*W - 1, device=which.device)
-    path = torch.zeros(B, H*W, dtype=torch.bool, device=which.device)
-    for i in range(H*W):
-        path.scatter_(1, at, True)
-        if i % 8 == 0 and (at == 0).all(): break
-        at = before.gather(1, at)
-    return path.reshape(B, H, W)
-
-# %% ../../nbs/paths/00_exact.ipynb #b4ff6137
-def _careful_walk(d:Float[Tensor, "B H2 W2"]) -> Bool[Tensor, "B H W"]:
-    "The walk back by the predecessors of all cells, plateaus included"
-    near = neighbours(d)
-    best = near.amin(1)
-    tight = near == best[:, None]
-    flat = (d[:, 1:-1, 1:-1] == best) & best.isfinite()
-    flat[:, 0, 0] = False
-    hops = torch.where(flat[:, None], neighbours(_hops(d, tight)), 0)
-    return _walk(torch.where(tight, hops, torch.inf).min(1).indices)
-
-def _hops(d, tight):
-    "Fewest steps of a cheapest path to each cell, with a border"
-    hops = torch.full_like(d, torch.inf)
-    hops[:, 1, 1] = 0
-    inner = hops[:, 1:-1, 1:-1]
-    while True:
-        new = torch.where(tight, neighbours(hops) + 1, torch.inf).amin(1)
-        new = torch.minimum(inner, new)
-        if torch.equal(inner, new): return hops
-        inner.copy_(new)
-
 # %% ../../nbs/paths/00_exact.ipynb #6c63209d
-def _fast_walk(d:Float[Tensor, "B1 H2 W2"], n_iter:int|None=None) -> tuple:
-    "The walk back beside the path alone, and which maps failed; overwrites corners"
+def _walk(d:Shaped[Tensor, "B1 H2 W2"], n_iter:int|None=None) -> tuple:
+    "The walk back, and on which maps it failed; overwrites corners"
     B, H, W, flat = len(d) - 1, d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
     d[1:, 0, 0].fill_(-1)
     three = torch.arange(-1, 2, device=d.device)
@@ -154,6 +95,22 @@ def _fast_walk(d:Float[Tensor, "B1 H2 W2"], n_iter:int|None=None) -> tuple:
     path.view(-1).index_fill_(0, torch.cat(trail), 1)
     return path[1:, 1:-1, 1:-1], (near[1:] == near[:-1]).any(0) | (at > start)
 
+# %% ../../nbs/paths/00_exact.ipynb #2f4c8a11
+def _without_plateaus(d:Float[Tensor, "B1 H2 W2"]) -> Shaped[Tensor, "B1 H2 W2"]:
+    "Whole numbers in the order of distances, and of steps where these are equal"
+    tight = (near := neighbours(d)) == near.amin(1, keepdim=True)
+    hops = torch.full_like(d, torch.inf)
+    hops[:, 1, 1] = 0
+    inner = hops[:, 1:-1, 1:-1]
+    while True:
+        new = torch.where(tight, neighbours(hops) + 1, torch.inf).amin(1)
+        new = torch.minimum(inner, new)
+        if torch.equal(inner, new): break
+        inner.copy_(new)
+    order = torch.unique(d, return_inverse=True)[1]*d[0].numel()
+    far = d.isinf() | hops.isinf()
+    return torch.where(far, d.numel()**2, order + hops.masked_fill(far, 0).long())
+
 # %% ../../nbs/paths/00_exact.ipynb #9a84f485
 def shortest_path(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell, at least 0; infinite: a wall
@@ -166,24 +123,21 @@ def shortest_path(
     if torch._C._are_functorch_transforms_active():
         return _Mapped.apply(cost.detach(), n_iter)
     if n_iter is None: _check_cost(cost)
-    H, W = cost.shape[-2:]
-    size, maps = max(1, 2**22//(H*W)), widened(cost.detach()).reshape(-1, H, W)
-    parts = [(k, maps[k:k+size]) for k in range(0, len(maps), size)]
-    if n_iter is None: paths = [_solve(c, k, cost.shape[:-2]) for k, c in parts]
-    else: paths = [_solve_fixed(c, n_iter) for _, c in parts]
-    return torch.cat(paths).reshape(cost.shape).to(cost.dtype)
+    maps = widened(cost.detach()).reshape(-1, *cost.shape[-2:])
+    if n_iter is None: path = _solve(maps, cost.shape[:-2])
+    else: path = _solve_fixed(maps, n_iter)
+    return path.reshape(cost.shape).to(cost.dtype)
 
-def _solve(cost:Float[Tensor, "B H W"], first:int,
-           batch:torch.Size) -> Float[Tensor, "B H W"]:
+def _solve(cost:Float[Tensor, "B H W"], batch:torch.Size) -> Float[Tensor, "B H W"]:
     "Paths of some maps; the error for a map without one names it"
     d, _ = _distances(cost)
     reached = d[1:, -2, -2].isfinite()
-    if not reached.all(): _refuse_map(cost, reached, first, batch)
-    path, left = _fast_walk(d)
+    if not reached.all(): _refuse_map(cost, reached, batch)
+    path, left = _walk(d)
     if left.any():
-        d = d[1:][left]
         d[:, 0, 0] = torch.inf
-        path[left] = _careful_walk(d).to(path.dtype)
+        some = d[F.pad(left, (1, 0), value=True)]
+        path[left] = _walk(_without_plateaus(some))[0].to(path.dtype)
     return path
 
 # %% ../../nbs/paths/00_exact.ipynb #a3d05b12
@@ -209,7 +163,7 @@ def _solve_fixed(cost, n_iter):
     i, j = (torch.arange(n, device=d.device, dtype=d.dtype) for n in cost.shape[1:])
     easy = F.pad(torch.maximum(i[:, None], j), (1, 1, 1, 1), value=torch.inf)
     d[1:] = torch.where(settled[:, None, None], d[1:], easy)
-    path, left = _fast_walk(d, n_iter)
+    path, left = _walk(d, n_iter)
     return path.masked_fill((left | ~settled)[:, None, None], torch.nan)
 
 # %% ../../nbs/paths/00_exact.ipynb #379edd60
@@ -227,15 +181,6 @@ def check_same_shape(name, x, other, y):
 
 def checked_steps(name, n): return None if n is None else number(name, n, 1, whole=True)
 
-def positive(name, x):
-    try: value = number(name, x)
-    except ValueError: value = 0
-    if value > 0: return value
-    raise ValueError(f"{name}: expected a positive number, got {x!r}")
-
-def widened(x): return x.to(torch.promote_types(x.dtype, torch.float32))
-
-# %% ../../nbs/paths/00_exact.ipynb #5c0e1a77
 def _check_cost(cost):
     if cost.detach().amin() >= 0: return
     nan, negative = int(cost.isnan().sum()), int((cost < 0).sum())
@@ -245,12 +190,12 @@ def _check_cost(cost):
     raise ValueError(f"cost: expected numbers, at least 0 (infinity is a wall), "
                      f"got {got} out of {cost.numel()}{hint if negative else ''}")
 
-def _refuse_map(cost, reached, first, batch):
+def _refuse_map(cost, reached, batch):
     "Why the first map whose goal is not reached has no path"
     k = int((~reached).nonzero()[0])
-    index = tuple(int(i)
-                  for i in torch.unravel_index(torch.tensor(first + k), batch or (1,)))
-    name = f"map {index if len(index) > 1 else index[0]}" if batch else "the map"
+    index = torch.unravel_index(torch.tensor(k), batch or (1,))
+    index = tuple(map(int, index)) if len(batch) > 1 else k
+    name = f"map {index}" if batch else "the map"
     c = cost[k]
     for corner, end in (("top left", c[0, 0]), ("bottom right", c[-1, -1])):
         if end.isinf(): raise ValueError(f"cost: expected finite costs at both ends, "

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.solves import choice, number
-from .exact import check_same_shape, positive
+from ..core.solves import choice, number, positive
+from .exact import check_same_shape
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #48d03df3
 class Distribution(NamedTuple):

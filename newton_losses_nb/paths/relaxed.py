@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.solves import choice, number
-from newton_losses_nb.paths.exact import (
-    NEIGHBOURS, check_grid, check_same_shape, checked_steps, neighbours, positive,
-    widened)
+from ..core.derivatives import in_transform, widened
+from ..core.solves import choice, positive
+from .exact import (
+    NEIGHBOURS, check_grid, check_same_shape, checked_steps, neighbours)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #3ff50ed4
 def _relaxed_distances(cost:Float[Tensor, "B H W"], beta:float,
@@ -41,9 +41,9 @@ def _far(cost, beta):
 
 # %% ../../nbs/paths/01_relaxed.ipynb #e54050fd
 _T_CONORMS = {
-    "probabilistic": lambda a, b, q: a + b - a*b,
-    "hamacher": lambda a, b, q: (a + b + (q - 2)*a*b)/(1 + (q - 1)*a*b),
-    "yager": lambda a, b, q: 1 - torch.relu(1 - a - b),
+    "probabilistic": lambda a, b: a + b - a*b,
+    "hamacher": lambda a, b: (a + b + 3*a*b)/(1 + 4*a*b),
+    "yager": lambda a, b: 1 - torch.relu(1 - a - b),
 }
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
@@ -153,15 +153,6 @@ def _walk_backward(g, at, shape, kept, beta):
         u.sub_((flat.inner(after) + step).sub_(1)).mul_(e).mul_(now)
     return flat.grids(g_step)*beta
 
-# %% ../../nbs/paths/01_relaxed.ipynb #b82c9d05
-def _needs_plain(x):
-    "Is `torch.func`, forward mode, `torch.compile` or another kind of tensor at work?"
-    batched = torch._C._functorch.is_legacy_batchedtensor(x)
-    transformed = batched or torch._C._are_functorch_transforms_active()
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or type(
-        x) is not Tensor or transformed or forward_mode
-
 # %% ../../nbs/paths/01_relaxed.ipynb #06634162
 class _Walk(torch.autograd.Function):
     @staticmethod
@@ -176,7 +167,7 @@ class _Walk(torch.autograd.Function):
         cost, *kept = ctx.saved_tensors
         settings, again = ctx.settings, torch.is_grad_enabled()
         at, kept = kept[:len(g)], kept[len(g):]
-        if not again and not _needs_plain(g[0]):
+        if not again and not in_transform(g[0]):
             first = _walk_backward(g, at, cost.shape, kept, settings[0])
             return first, None, None, None
         with torch.enable_grad(): plain = _plain_walk(cost, *settings)
@@ -186,7 +177,7 @@ class _Walk(torch.autograd.Function):
 
 def _soft_walk(cost, beta, n_iter, steps):
     "Where the walk is at each step, and what makes grids `(B, H, W)` of that"
-    plain = _needs_plain(cost) or not cost.numel() or min(n_iter, steps) < 2
+    plain = in_transform(cost) or not cost.numel() or min(n_iter, steps) < 2
     if plain: return _plain_walk(cost, beta, n_iter, steps), lambda x: x
     return _Walk.apply(cost, beta, n_iter, steps), _Flat(*cost.shape).grids
 
@@ -206,18 +197,17 @@ def relaxed_bellman_ford(
     beta:float,                        # Inverse temperature β: large is sharp
     n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
     loop:str="for",  # "for": `n_iter` steps back; "while": 16 more, to the start
-    t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager" (1)
-    q:float=5.,                        # Parameter of the Hamacher T-conorm, at least 0
+    t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager"
 ) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
     "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
     check_grid("cost", cost)
-    beta, q, n = positive("beta", beta), number("q", q), checked_steps("n_iter", n_iter)
+    beta, n = positive("beta", beta), checked_steps("n_iter", n_iter)
     choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     H, W = cost.shape[-2:]
     n = H + W if n is None else n
     at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n,
                            n if loop == "for" else n + 16)
-    tracked = list(itertools.accumulate(at, lambda a, b: _T_CONORMS[t_conorm](a, b, q)))
+    tracked = list(itertools.accumulate(at, _T_CONORMS[t_conorm]))
     path = grids(tracked[-1]) if loop == "for" else _while_mean(
         grids(torch.stack(tracked)), beta)
     return path.reshape(cost.shape).to(cost.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.derivatives import (
     derivatives as derivatives_of, sample_losses)
-from .exact import positive
+from ..core.solves import positive
 from .fenchel_young import (
     AsCode, Noise, call, check_noise, check_tensor, checked_floor, draw_noise,
     minus_baseline, raised, ratio_minus_1)

@@ -14,10 +14,10 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..core.derivatives import NonFiniteError
+from ..core.derivatives import NonFiniteError, widened
+from ..core.solves import choice, positive
 from newton_losses_nb.sorting.relaxations import (
-    centred, check_positive, check_ranking, log_complement, neural_sort, ranking_loss,
-    soft_sort,
+    centred, check_ranking, log_complement, neural_sort, ranking_loss, soft_sort,
     true_permutation)
 from .networks import (
     SIGMOIDS, comparators, network_derivatives, sorting_network)
@@ -31,7 +31,7 @@ class SortingLoss(nn.Module):
     "Per-sample loss of scores `(N, n)` for a true permutation `(N, n, n)`"
     def __init__(
         self,
-        relaxation:str="neural_sort", # "neural_sort", "soft_sort", or of a network
+        relaxation:str="neural_sort", # "neural_sort", "soft_sort", "logistic", "cauchy"
         kind:str="cross_entropy",  # Loss on the permutation matrix, see `ranking_loss`
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
@@ -39,19 +39,15 @@ class SortingLoss(nn.Module):
         fuse:bool=False,              # Compile the derivatives? Needs a C++ compiler
     ):
         super().__init__()
-        choices = {"neural_sort": neural_sort, "soft_sort": soft_sort, **SIGMOIDS}
-        if relaxation not in choices:
-            raise ValueError(f"relaxation: expected one of {', '.join(choices)}, got "
-                             f"{relaxation!r}")
-        check_positive("tau", tau); check_positive("steepness", steepness)
-        self.relaxation, self.kind, self.tau = relaxation, kind, tau
-        self.steepness, self.network = steepness, network
+        choice("relaxation", relaxation, [*_SOFTMAX, *SIGMOIDS])
+        self.relaxation, self.kind, self.network = relaxation, kind, network
+        self.tau, self.fuse = positive("tau", tau), fuse
+        self.steepness = positive("steepness", steepness)
         self.log = kind != "bce_clamped"
         ranking_loss(*[torch.eye(1)]*2, kind)
         comparators(2, network)
         if self.log and type(self).forward is SortingLoss.forward:
             self.derivatives = self._derivatives
-        self.fuse = fuse
 
     def permutation(
         self,
@@ -167,25 +163,24 @@ def _derivatives(
     hessian:bool=True,              # Second derivatives too?
 ) -> tuple: # Losses (N,), gradients (N, n), and Hessians (N, n, n) or None
     "Losses, gradients, and Hessians if wanted"
-    check_ranking((*s.shape, *s.shape[-1:]), P_true, self.kind, s.device)
     if self.relaxation not in _SOFTMAX:
         return network_derivatives(s, P_true, self.kind, self.network, self.relaxation,
                                    self.steepness, hessian)
     z = centred(s, 1/self.tau)
-    n, T = z.shape[-1], P_true.to(z.dtype)
+    n = z.shape[-1]
+    check_ranking((*z.shape, n), P_true, self.kind, z.device)
     if n == 1:
-        return self(s.detach(), P_true), torch.zeros_like(z), z.new_zeros(
-            *z.shape, 1) if hessian else None
+        G = torch.zeros_like(z)
+        return self(s.detach(), P_true), G, G.unsqueeze(-1) if hessian else None
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
-    loss, G, H = core(z.mT.contiguous(), T.permute(1, 2, 0).contiguous(),
-                      _ROWS[self.kind], hessian)
+    T = P_true.to(z.dtype).permute(1, 2, 0).contiguous()
+    loss, G, H = core(z.mT.contiguous(), T, _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
     H = H.permute(2, 0, 1)/(entries*self.tau**2) if hessian else None
     return loss/entries, G.mT/(entries*self.tau), H
 
 # %% ../../nbs/sorting/02_losses.ipynb #35ccf39e
-@functools.cache
-def _fused(core): return torch.compile(core, dynamic=False)
+_fused = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 # %% ../../nbs/sorting/02_losses.ipynb #fab073be
 def exact_match(
@@ -200,8 +195,7 @@ def element_match(
     labels:Tensor,                    # `(..., n)`: numbers whose order is right
 ) -> Float[Tensor, "*batch"]:         # Share of places that are right
     "Share of places at which scores and labels put the same element"
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return _same_place(scores, labels).to(wide).mean(-1)
+    return _same_place(scores, labels).to(widened(scores).dtype).mean(-1)
 
 # %% ../../nbs/sorting/02_losses.ipynb #59df15de
 def _same_place(scores, labels):
@@ -209,15 +203,9 @@ def _same_place(scores, labels):
         raise ValueError(f"labels: expected the shape of scores, "
                          f"{tuple(scores.shape)}, got {tuple(labels.shape)}")
     for name, x in (("scores", scores), ("labels", labels)):
-        if x.isnan().any():
-            raise NonFiniteError(f"{name}: expected numbers, got "
-                                 f"{int(x.isnan().sum())} NaN")
-    order = scores.argsort(dim=-1, stable=True)
-    return (order == labels.argsort(dim=-1, stable=True)) & ~_undecided(
-        scores, labels).gather(-1, order)
-
-def _undecided(scores, labels):
-    "Elements with the score of another one whose label differs"
-    equal, differ = (f(x.unsqueeze(-1), x.unsqueeze(-2))
-                     for f, x in ((torch.eq, scores), (torch.ne, labels)))
-    return (equal & differ).any(-1)
+        nan = int(x.isnan().sum())
+        if nan: raise NonFiniteError(f"{name}: expected numbers, got {nan} NaN")
+    pairs = lambda x: x.unsqueeze(-1) == x.unsqueeze(-2)
+    undecided = (pairs(scores) & ~pairs(labels)).any(-1)
+    order, right = (x.argsort(dim=-1, stable=True) for x in (scores, labels))
+    return (order == right) & ~undecided.gather(-1, order)

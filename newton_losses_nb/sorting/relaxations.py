@@ -7,12 +7,13 @@ __all__ = ['centred', 'log_sum_exp', 'log_add_exp', 'log_sigmoid', 'neural_sort'
            'log_complement', 'ranking_loss', 'ranking_gradient']
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #3441b10a
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from ..core.derivatives import in_transform, widened
+from ..core.solves import choice, positive
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #fe3ae52a
 def centred(
@@ -21,41 +22,30 @@ def centred(
     limit:float=1e30,             # Largest size of the result
 ) -> Float[Tensor, "*batch n"]:   # Differences from the first score, times `gain`
     "Scaled scores without their common offset: finite for finite scores, else NaN"
-    if not isinstance(s, Tensor) or not s.is_floating_point() or s.ndim == 0 or s.shape[
-        -1] == 0:
+    known = isinstance(s, Tensor) and s.is_floating_point() and s.ndim
+    if not known or not s.shape[-1]:
+        got = f"{s.dtype} {tuple(s.shape)}" if isinstance(s, Tensor) else type(s)
         raise ValueError("s: expected floating-point scores of shape (..., n), n ≥ 1, "
-                         f"got {_describe(s)}")
-    s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+                         f"got {got}")
+    s = widened(s)
     most = min(limit/gain/2, torch.finfo(s.dtype).max/4)
     z = s.clamp(-most, most)
     z = torch.add(z - z[..., :1].detach(), s.detach(), alpha=0)
     return z if gain == 1 else z*gain
-
-# %% ../../nbs/sorting/00_relaxations.ipynb #afe00d96
-def _describe(x):
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(
-        x).__name__
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #5d7c2e10
 def one_hot(index, n):
     "Mask `(..., n)` that is true at `index`, made without looking at numbers"
     return index.unsqueeze(-1) == torch.arange(n, device=index.device)
 
-def check_positive(name, x):
-    "Raise unless `x` is a positive finite number"
-    if not (isinstance(x, (int, float)) and 0 < x < math.inf):
-        raise ValueError(f"{name}: expected a positive finite number, got {x!r}")
-
 # %% ../../nbs/sorting/00_relaxations.ipynb #c4e9d512
 def log_sum_exp(
-    x:Tensor,            # Logarithms
-    dim:int,             # Dimension of the terms
-    keepdim:bool=False,  # Keep it, with size one?
-) -> Tensor:             # Logarithm of the sum
+    x:Tensor,   # Logarithms
+    dim:int,    # Dimension of the terms, which is kept with size one
+) -> Tensor:    # Logarithm of the sum
     "log Σ exp(x) whose shares sum to one, however large the logarithms are"
     largest = x.detach().amax(dim, keepdim=True)
-    L = (x - largest).exp().sum(dim, keepdim=True).log() + largest
-    return L if keepdim else L.squeeze(dim)
+    return (x - largest).exp().sum(dim, keepdim=True).log() + largest
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #e81d3f09
 def log_add_exp(
@@ -91,10 +81,8 @@ def neural_sort(
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #a7499617
 def _row_softmax(logits, s, tau, log):
-    check_positive("tau", tau)
-    L = logits(centred(s, 1/tau))
-    P = L.log_softmax(-1) if log else L.softmax(-1)
-    return P if P.dtype == s.dtype else P.to(s.dtype)
+    L = logits(centred(s, 1/positive("tau", tau)))
+    return (L.log_softmax(-1) if log else L.softmax(-1)).to(s.dtype)
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #39101e01
 def _soft_logits(z): return -(z.sort(-1).values.unsqueeze(-1) - z.unsqueeze(-2)).abs()
@@ -116,18 +104,12 @@ def true_permutation(
     if labels.ndim == 0 or labels.shape[-1] == 0:
         raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got "
                          f"{tuple(labels.shape)}")
-    if labels.is_floating_point() and _may_look(labels) and labels.isnan().any():
-        raise ValueError(f"labels: expected numbers, got {int(labels.isnan().sum())} "
-                         f"NaN")
+    recorded = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+    if labels.is_floating_point() and not (in_transform(labels) or recorded):
+        nan = int(labels.isnan().sum())
+        if nan: raise ValueError(f"labels: expected numbers, got {nan} NaN")
     first = labels.argsort(dim=-1, stable=True)
     return one_hot(first, labels.shape[-1]).to(dtype or torch.get_default_dtype())
-
-# %% ../../nbs/sorting/00_relaxations.ipynb #3fe6a190
-def _may_look(x):
-    "May Python read the numbers in `x`? Not in a transform or a CUDA graph's capture"
-    if torch.compiler.is_compiling() or type(x) is not Tensor: return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(x): return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #98e3a6fc
 def log_complement(
@@ -135,7 +117,7 @@ def log_complement(
 ) -> Float[Tensor, "*batch n n"]:      # Logarithms, at most 0
     "log(1 − P) from log P without cancellation"
     top = one_hot(log_P.argmax(-1), log_P.shape[-1])
-    others = log_sum_exp(log_P.masked_fill(top, -1e30), -1, keepdim=True)
+    others = log_sum_exp(log_P.masked_fill(top, -1e30), -1)
     return torch.where(top, others, torch.log1p(-log_P.masked_fill(top, -1.).exp()))
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #fd92ea91
@@ -147,8 +129,8 @@ def ranking_loss(
 ) -> Float[Tensor, "*batch"]:           # One loss per sample
     "Distance of a relaxed permutation from the true one, per sample"
     check_ranking(P.shape, P_true, kind, P.device)
-    P = P.float() if P.dtype in (torch.float16, torch.bfloat16) else P
-    T, n = P_true.to(P.dtype), P.shape[-1]
+    P, n = widened(P), P.shape[-1]
+    T = P_true.to(P.dtype)
     if kind == "bce_clamped":
         return F.binary_cross_entropy(P.exp() if log else P, T,
                                       reduction='none').mean((-2, -1))
@@ -159,13 +141,11 @@ def ranking_loss(
 # %% ../../nbs/sorting/00_relaxations.ipynb #583d7cdc
 def check_ranking(shape, P_true, kind, device):
     "Raise unless a ranking loss can compare this shape with `P_true`"
-    if kind not in ("cross_entropy", "bce", "bce_clamped"):
-        raise ValueError(f"kind: expected cross_entropy, bce or bce_clamped, got "
-                         f"{kind!r}")
+    choice("kind", kind, ("cross_entropy", "bce", "bce_clamped"))
     if len(shape) < 2 or P_true.shape != shape or shape[-1] != shape[-2]:
-        got = (f"got P {tuple(shape)} and P_true {tuple(P_true.shape)}"
-               f"{_hint(shape, P_true.shape)}")
-        raise ValueError(f"P_true: expected the shape of P, (..., n, n), {got}")
+        raise ValueError(
+            f"P_true: expected the shape of P, (..., n, n), got P {tuple(shape)} and "
+            f"P_true {tuple(P_true.shape)}{_hint(shape, P_true.shape)}")
     if P_true.device != device:
         raise ValueError("P_true: expected a tensor on the device of P, "
                          f"{device}, got {P_true.device}")
@@ -174,10 +154,8 @@ def _hint(P, P_true):
     "What is likely meant by shapes that do not fit"
     column = tuple(P[-2:]) == (1, 1) and P_true[-1:] != (1,)
     labels = len(P_true) > 0 and P_true == P[:len(P) - 2 if column else -1]
-    hint = "; are these scores of shape (N, n, 1)? give s.squeeze(-1)"
-    scores = hint if column else ""
-    return scores + ("; are these labels? give true_permutation(labels)" if labels
-                     else "")
+    return ("; are these scores of shape (N, n, 1)? give s.squeeze(-1)"*column
+            + "; are these labels? give true_permutation(labels)"*labels)
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #6b425583
 def ranking_gradient(
