@@ -228,18 +228,17 @@ def warcraft(
 # %% ../../nbs/paths/04_terrain.ipynb #4292ffdc
 def _extract(archive, folder):
     "Take the nine files of one size out of the archive: all of them or none"
-    missing = {(folder.name, name) for name in _FILES}
+    wanted = {(folder.name, name) for name in _FILES}
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         with tarfile.open(archive) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 place = Path(member.name).parts[-2:]
-                if place not in missing: continue
+                if place not in wanted: continue
                 with open(f'{tmp}/{place[1]}', 'wb') as to:
                     shutil.copyfileobj(tar.extractfile(member), to)
-                missing.remove(place)
+        missing = [name for name in _FILES if not Path(tmp, name).exists()]
         if missing: raise ValueError(
-            f"{archive}: expected the nine files, got no "
-            f"{', '.join(name for _, name in sorted(missing))}")
+            f"{archive}: expected the nine files, got no {', '.join(missing)}")
         folder.mkdir(exist_ok=True)
         for name in _FILES: os.replace(f'{tmp}/{name}', folder/name)
 
