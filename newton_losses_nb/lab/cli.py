@@ -276,8 +276,7 @@ def _parser():
     commands = p.add_subparsers(dest="name", required=True, metavar="BENCHMARK")
     for name, bench in benches().items():
         about = bench.settings.__doc__
-        one = commands.add_parser(name, description=about, help=about,
-                                  allow_abbrev=False)
+        one = commands.add_parser(name, help=about, allow_abbrev=False)
         for kind in (bench.settings, bench.options): _add(one, kind)
     return p
 
