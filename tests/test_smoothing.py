@@ -151,7 +151,7 @@ m.blackbox(flat, y, 2.).sum().backward()
 f = m.BlackboxLoss(flat, soft, 2., None)
 f(y, w), f.derivatives(y, w, hessian=False)
 maps = t.terrain_maps(3, 4)
-maps[:2], maps.to("cpu"), t.load_maps(train=2, valid=2, test=2, size=4), t.cached_maps(2, 4)
+maps[:2], maps.to("cpu"), t.load_maps(train=2, valid=2, test=2, size=4)
 with pytest.raises(Exception, match="ype"): s.shortest_path("no")
 '''
 
