@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
-from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor
 

@@ -87,7 +87,7 @@ SPECTRA = { # What to do with negative eigenvalues
     "raw": lambda e: e, "abs": torch.abs, "clip": lambda e: e.clamp_min(0)}
 
 def spectrum(C:Float[Tensor, "*b m m"], eigenvalues:str="raw") -> tuple[Tensor, Tensor]:
-    "C's eigenvectors and `eigenvalues`: raw, abs or clip; NaN where C is not finite"
+    "C's `eigenvalues` (raw, abs or clip) and eigenvectors; NaN where C is not finite"
     e, V = torch.linalg.eigh(((C + C.mT)/2).nan_to_num(0, 0, 0))
     return SPECTRA[eigenvalues](e) + (0*C).sum((-2, -1)).unsqueeze(-1), V
 
