@@ -144,7 +144,8 @@ def _check_maps(o):
         x = getattr(o, name)
         if (x.dtype, x.shape) != (dtype, shape): raise ValueError(
             f"{name}: expected {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
-    if not n or len(grid) != 2 or any(not k or side % k for k in grid): raise ValueError(
+    if not n or len(grid) != 2 or any(not k or side % k for k in grid):
+        raise ValueError(
         f"costs: expected grids (N, H, W) that cut {side} pixels into tiles, "
         f"got {tuple(o.costs.shape)}")
 
