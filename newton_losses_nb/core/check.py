@@ -168,8 +168,9 @@ def _ask_shape(p):
     if not isinstance(loss, Tensor): return _fatal(
         f"returns a {type(loss).__name__}, not a tensor{hint}", "no tensor")
     if loss.ndim == 0: return _fatal(
-        "returns one number for the batch; give it reduction='none', or wrap it: "
-        "per_sample(loss_fn, 'mean'), or 'sum'", "reduced")
+        "returns one number for the batch; give it reduction='none', or wrap it by "
+        "newton_losses_nb.core.adapters: per_sample(loss_fn, 'mean'), or 'sum'",
+        "reduced")
     if loss.shape != p.y.shape[:1]: return _fatal(
         f"shape {tuple(loss.shape)} instead of ({len(p.y)},); sum or average over the "
         "other axes", "shape")
@@ -388,7 +389,8 @@ def _recommend(p):
         return plain(": this batch is too small to tell.")
     turn, _, newton, whitened = found["Newton direction"]
     if turn >= 0.9: return plain(
-        ": the Newton direction is nearly the gradient, a rescaling.")
+        ": on this batch the Newton direction is nearly the gradient. If training is "
+        "slow, compare NormalizedLoss: it changes lengths, at no cost.")
     gain = max(newton, whitened)
     why = f"steps along it take {gain:.2f} times the loss that gradient steps take."
     if gain < 1.2: return plain(f": the Newton direction is another one, but {why}")

@@ -47,8 +47,8 @@ def sample_losses(
     loss = loss_fn(y, *args) if mask is None else _Padded(loss_fn, mask)(y, *args)
     shape = getattr(loss, "shape", None)
     if isinstance(loss, Tensor) and shape == y.shape[:1]: return loss
-    hint = "; do not reduce it (reduction='none')"*(shape == ())
-    if shape in (y.shape, (len(y), 1)): hint = "; sum over the other axes"
+    hint = "; do not reduce it (reduction='none'; sum over outputs)"*(shape == ())
+    if shape and shape[0] == len(y): hint = "; sum over the other axes"
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), "
                      f"got {_given(loss)}{hint}")
 

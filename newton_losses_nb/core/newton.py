@@ -61,8 +61,8 @@ class OutputLoss(nn.Module):
     ) -> Float[Tensor, "*b"]:                  # To log and to call `backward` on
         "Mean loss; its gradient at `y` is the direction over N"
         for k in unknown: raise TypeError(
-            f"{k}: expected the loss's arguments by position; or bind {k} with "
-            "functools.partial")
+            f"{k}: expected the loss's arguments by position (functools.partial binds "
+            "what is the same for all batches)")
         functional = torch._C._are_functorch_transforms_active()
         wanted = getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not (functional or wanted): return self._plain(y, mask, args)
