@@ -48,7 +48,8 @@ def sample_losses(
     shape = getattr(loss, "shape", None)
     if isinstance(loss, Tensor) and shape == y.shape[:1]: return loss
     hint = "; do not reduce it (reduction='none'; sum over outputs)"*(shape == ())
-    if shape and shape[0] == len(y): hint = "; sum over the other axes"
+    if shape == y.shape or shape and shape[0] == len(y) != shape[-1]:
+        hint = "; sum over the other axes"
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), "
                      f"got {_given(loss)}{hint}")
 
