@@ -1,6 +1,7 @@
 """The tools that render and check the docs find what they are there to find."""
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -131,3 +132,9 @@ def test_browser(tool, tmp_path):
     found = '\n'.join(check.problems)
     assert 'good.html: ' not in found
     for what in ("its title is 'Another'", 'sticks out: <div', '510 px too wide', 'below 12 px: tiny', 'does not load', 'console: oh', 'script: no', '404 for', 'white.html: background'): assert what in found, what
+
+def test_first_cells():
+    "nbdev makes title and description of the first cell, and drops what else stands there"
+    for f in sorted((root/'nbs').rglob('*.ipynb')):
+        cell = ''.join(json.loads(f.read_text(encoding='utf-8'))['cells'][0]['source'])
+        if f.name != 'index.ipynb': assert re.fullmatch(r'# [^\n]+\n+> [^\n]+', cell), f.name
