@@ -81,12 +81,11 @@ def mp_losses(s, name):
     log_P = [[mp.log(o) for o in r] for r in P]
     rest = [[mp.log(others(i, j)) for j in row] for i in row]
     pairs = list(itertools.product(row, row))
-    out = {"own": -sum(WEIGHTS[i][j]*log_P[i][j] for i, j in pairs),
-           "cross_entropy": -sum(log_P[i][i] for i in row)/n,
-           "bce": -sum(log_P[i][j] if i == j else rest[i][j] for i, j in pairs)/n**2,
-           "complement": -sum(WEIGHTS[i][j]*rest[i][j] for i, j in pairs),
-           "plain": sum(WEIGHTS[i][j]*P[i][j]**2 for i, j in pairs)}
-    return out
+    return {"own": -sum(WEIGHTS[i][j]*log_P[i][j] for i, j in pairs),
+            "cross_entropy": -sum(log_P[i][i] for i in row)/n,
+            "bce": -sum(log_P[i][j] if i == j else rest[i][j] for i, j in pairs)/n**2,
+            "complement": -sum(WEIGHTS[i][j]*rest[i][j] for i, j in pairs),
+            "plain": sum(WEIGHTS[i][j]*P[i][j]**2 for i, j in pairs)}
 
 @functools.cache
 def reference(name, pattern, spread):

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .derivatives import check_outputs, derivatives
+from .derivatives import check_outputs, derivatives, widened
 from .evidence import Batch
 from .directions import Direction, Fisher, Whiten
 from .newton import (
@@ -495,7 +495,7 @@ def check_loss(
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__.lstrip("_"))
     about = f"{name} at {len(y)} x {y.shape[1]} outputs, {str(y.dtype)[6:]}"
     with torch.inference_mode(False), torch.autocast(y.device.type, enabled=False):
-        single = y.to(torch.promote_types(y.dtype, torch.float))
+        single = widened(y)
         return LossReport(loss_fn, about, *_judge(_Probe(loss_fn, single, args)))
 
 def _judge(p):

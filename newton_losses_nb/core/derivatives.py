@@ -53,8 +53,10 @@ def sample_losses(
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), "
                      f"got {_given(loss)}{hint}")
 
-# %% ../../nbs/core/01_derivatives.ipynb #5e1fa3c2
-def widened(x): return x if x.dtype in (torch.float32, torch.float64) else x.float()
+# %% ../../nbs/core/01_derivatives.ipynb #ffdbc7ed
+def widened(x):
+    "`x` in single precision at least"
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 def in_transform(x):
     "Is a transform, forward mode, `torch.compile` or another tensor at work?"

@@ -175,6 +175,7 @@ class Group:
             "output of another process, which failed")
         return result
 
+# %% ../../nbs/core/02_evidence.ipynb #35b755fa
 @patch
 def pooled(self:Evidence, group:Group) -> Evidence:
     "The sum over processes"

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import random_signs, sample_losses
+from .derivatives import random_signs, sample_losses, widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError
@@ -428,7 +428,7 @@ def inject_fisher(
     def turned(g):
         with torch.no_grad():
             s = team.together(factor, g.device)
-            G = g.to(torch.promote_types(g.dtype, torch.float32))/s
+            G = widened(g)/s
             if mean: G = G*len(g)
             _, D, n = loss._step(torch.zeros_like(G), None, (G,))
             D = (D*s/(n if mean else 1)).to(g.dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..core.solves import choice, number
-from ..lab.data import cache_dir as cache_folder, check_count, need
+from ..lab.data import cache_dir as cache_folder, need
 from .exact import cost_optimality, path_cost, shortest_path
 
 # %% ../../nbs/paths/04_terrain.ipynb #7c3e9fd6
@@ -286,7 +286,7 @@ def load_maps(
     counts = dict(train=train, valid=valid, test=test)
     official = data == 'warcraft' or data_dir is not None
     for name, n in counts.items():
-        if n is not None or not official: check_count(name, n)
+        if n is not None or not official: number(name, n, 1, whole=True)
     if official:
         folder = data_dir or download_warcraft(cache_dir, size)
         return {name: m[:counts[name]] for name, m in warcraft(folder, size).items()}

@@ -31,7 +31,7 @@ class SortingLoss(nn.Module):
     "Per-sample loss of scores `(N, n)` for a true permutation `(N, n, n)`"
     def __init__(
         self,
-        relaxation:str="neural_sort", # "neural_sort", "soft_sort", "logistic", "cauchy"
+        relaxation:str="neural_sort", # "neural_sort", "soft_sort", or one of `SIGMOIDS`
         kind:str="cross_entropy",  # Loss on the permutation matrix, see `ranking_loss`
         tau:float=1.,                 # Temperature of NeuralSort and SoftSort
         steepness:float=10.,          # Steepness of a sorting network
