@@ -201,12 +201,12 @@ def _run_grid(name, args):
     if not wanted: raise ValueError(
         "methods: none of the runs asked for exists (relaxed_bf and blackbox have no "
         "Hessian)")
+    if not _shard(wanted, options.shard): raise ValueError(
+        f"shard: expected a part with runs, got {options.shard} of {len(wanted)}")
     data = options.load(wanted[0])
     sizes = {f.name: len(data[f.name]) for f in fields(kind) if f.name in data}
-    configs = kind.grid(same | sizes, **lists)
-    mine, out = _shard(configs, options.shard), options.out or f"runs/{name}"
-    if not mine: raise ValueError(
-        f"shard: expected a part with runs, got {options.shard} of {len(configs)}")
+    mine = _shard(kind.grid(same | sizes, **lists), options.shard)
+    out = options.out or f"runs/{name}"
     large = {c["network"] for c in mine} & {"cnn", "resnet18"}
     if options.threads or not large: torch.set_num_threads(options.threads or 1)
     tasks = [bench.task(c, data) for c in mine]

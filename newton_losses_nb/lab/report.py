@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
 
-from ..core.directions import Fisher
+from ..core.directions import Fisher, Hessian
 from .experiment import METHODS
 
 # %% ../../nbs/lab/04_report.ipynb #d5b21acf
 _method_fields = ( # Entries that belong to the method, not to the setting
-    "lam", "max_norm", "gain", "eigenvalues", "average")
+    "lam", "max_norm", "gain")
 
 def _fields(d, keys): return [f"{k}={d[k]}" for k in keys if d.get(k) is not None]
 
@@ -282,7 +282,8 @@ def row_styles(
     for name in names:
         method = name.split(", ")[0]
         colour = _colours.get(method, "#777777")
-        solid = method == "none" or isinstance(METHODS.get(method), Fisher)
+        newton = isinstance(METHODS.get(method), (Fisher, Hessian))
+        solid = newton or method == "none"
         dash = _dashes[(used[colour] + (not solid)) % 4]
         styles[name] = dict(color=colour, linestyle=dash,
                             linewidth=2 if method == "none" else 1.5)

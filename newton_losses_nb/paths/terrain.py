@@ -152,9 +152,9 @@ def _check_maps(o):
 # %% ../../nbs/paths/04_terrain.ipynb #8c9d6f9a
 TERRAIN_VERSION = 1 # Raised when the same seed would give another map
 
-def _draw(size, seed, start, n, tile=8):
+def _draw(size, seed, start, n):
     "Pictures `(n, 3, P, P)` and terrain `(n, size, size)` of some maps"
-    side = size*tile
+    tile, side = 8, size*8
     kind = _classes(size, seed, start, n)
     raw = _random_bytes((5, side + 8, side + 8), seed, start, n, 1)
     pixels = _ragged(kind, raw[:, :2, 3:, 3:], tile)

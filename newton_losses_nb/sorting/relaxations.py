@@ -33,11 +33,6 @@ def centred(
     z = torch.add(z - z[..., :1].detach(), s.detach(), alpha=0)
     return z if gain == 1 else z*gain
 
-# %% ../../nbs/sorting/00_relaxations.ipynb #5d7c2e10
-def one_hot(index, n):
-    "Mask `(..., n)` that is true at `index`, made without looking at numbers"
-    return index.unsqueeze(-1) == torch.arange(n, device=index.device)
-
 # %% ../../nbs/sorting/00_relaxations.ipynb #c4e9d512
 def log_sum_exp(
     x:Tensor,   # Logarithms
@@ -94,6 +89,11 @@ def soft_sort(
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation matrix of SoftSort (Prillo & Eisenschlos, ICML 2020)"
     return _row_softmax(_soft_logits, s, tau, log)
+
+# %% ../../nbs/sorting/00_relaxations.ipynb #5d7c2e10
+def one_hot(index, n):
+    "Mask `(..., n)` that is true at `index`, made without looking at numbers"
+    return index.unsqueeze(-1) == torch.arange(n, device=index.device)
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #cd245279
 def true_permutation(
