@@ -1,4 +1,5 @@
 "Faults of version 0.1, each with its whole kind, and the right numbers"
+import copy
 from functools import cache
 
 import mpmath as mp
@@ -9,7 +10,9 @@ from torch import nn
 
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Krylov, MovingAverage,
-    NewtonLoss, Normalize, OutputLoss, PerSample, Remembering, Whiten, Window, inject_fisher)
+    NewtonLoss, Noise, Normalize, OutputLoss, PerSample, Remembering, SmoothedAlgorithmLoss, SmoothedLoss,
+    SortingLoss, Whiten, Window, inject_fisher, newton_direction, soft_sort, true_permutation)
+from newton_losses_nb.core.adapters import per_sample
 
 SECOND = {"hessian": lambda lam: Hessian(lam), "diagonal": lambda lam: DiagonalHessian(lam),
           "krylov": lambda lam: Krylov(lam, tol=1e-7), "own": lambda lam: PerSample(Hessian(lam)),
@@ -433,3 +436,104 @@ def test_the_step_of_the_last_batch():
         for N in (7, 1, 4, 5, 3):
             y, *args = data(N, 4, 84)
             close(run(loss, y, *args)[1], step(case, bumpy, (y, args, None))[2])
+
+# ---------------------------------------- of the same kinds, found later
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.T = nn.Parameter(torch.tensor(2., dtype=torch.double))
+    def forward(self, y): return (self.T*y).square().sum(1)
+
+def test_hidden_where_another_output_is_stiff():
+    y = torch.randn(20, 2, dtype=torch.double)
+    for stiff in (30, 1e4):
+        with pytest.raises(ValueError, match="differentiated twice"):
+            NewtonLoss(lambda y: stiff*y[:, 0]**2 + Once.apply(y[:, 1]), "hessian").directions(y)
+        NewtonLoss(lambda y: stiff*y[:, 0]**2 + y[:, 1]**4, "hessian").directions(y.float())
+
+@pytest.mark.parametrize("first", ["look", "unchecked", "skip", "empty", "hidden"])
+def test_parameters_that_no_module_lists(first):
+    T, y = nn.Parameter(torch.tensor(2., dtype=torch.double)), torch.randn(4, 3, dtype=torch.double)
+    f = lambda y: (T*y).square().sum(1)
+    if first == "hidden": f = per_sample(lambda y: (T*y).square().sum(1).mean())
+    loss = NewtonLoss(f, lam=.1, check=first != "unchecked", on_nonfinite="skip" if first == "skip" else "raise")
+    if first == "look": loss.directions(y)
+    if first == "empty": loss(y[:0].clone().requires_grad_()).backward()
+    for _ in range(2):
+        T.grad = None
+        loss(y.clone().requires_grad_()).backward()
+        close(T.grad, 4*y.square().sum(1).mean())
+
+def test_parameters_in_a_field():
+    f, y = Scaled(), torch.randn(4, 3, dtype=torch.double)
+    loss = SmoothedAlgorithmLoss(lambda x: x.sign(), f, Noise(samples=64))
+    NewtonLoss(loss)(y.requires_grad_()).backward()
+    assert all(p.grad.isfinite() and p.grad != 0 for p in f.parameters())
+
+def test_transforms_differentiate_for_outputs_only():
+    loss, y = NewtonLoss(Scaled(), lam=.1), torch.randn(4, 3, dtype=torch.double)
+    of = lambda p: torch.func.functional_call(loss, p, (y,))
+    with pytest.raises(RuntimeError, match="loss_fn: its parameters"): torch.func.grad(of)(dict(loss.named_parameters()))
+    args = NewtonLoss(lambda y, t: (y - t).square().sum(1))
+    with pytest.raises(ValueError, match=r"args\[0\]: expected no gradient"): torch.func.grad(lambda t: args(y, t))(y)
+    network = torch.func.grad(lambda w: loss(w*y))(torch.ones((), dtype=torch.double))
+    w = torch.ones((), dtype=torch.double, requires_grad=True)
+    loss(w*y).backward()
+    close(network, w.grad)
+
+@pytest.mark.parametrize("N", [3, 4])
+def test_what_samples_share_has_one_row(N):
+    "Weights, and centres of which there are as many as samples"
+    w = torch.tensor([1., 5., 9.], dtype=torch.double)
+    y, c = torch.randn(N, 3, dtype=torch.double), torch.randn(N, 3, dtype=torch.double)
+    with pytest.raises(ValueError, match=r"args\[0\]: expected one row"): per_sample(lambda y, w: (w*y.square()).sum(1).mean())(torch.randn(5, 3), w)
+    close(per_sample(lambda y, w: (w*y.square()).sum(1).mean())(y, w[None]), (w*y.square()).sum(1))
+    far = lambda y, c: (y[:, None] - c).square().sum(-1).logsumexp(1)
+    shared = newton_direction(lambda y: far(y, c[None]), y, lam=.1)[1]
+    close(newton_direction(far, y, c[None], lam=.1, chunk_size=2)[1], shared)
+    with pytest.raises(ValueError, match=r"args\[0\]: expected one row per sample"): newton_direction(far, y, c, lam=.1, chunk_size=2)
+    with pytest.raises(ValueError, match=r"args\[0\]: expected one row per sample"): SmoothedLoss(far, Noise(samples=4))(y, c[:2])
+
+@pytest.mark.parametrize("N", [1, 3, 5])
+def test_one_row_of_weights_with_a_mask(N):
+    w, y = torch.tensor([[1., 2., 3.]]), torch.ones(N, 3)
+    for k in (1, 2, 3):
+        mask = torch.arange(3).expand(N, 3) < k
+        d = newton_direction(lambda y, w: (w*y**2).sum(1)/2, y, w, curvature="hessian", lam=1., mask=mask)[1]
+        close(d, (w/(w + 1)).where(mask, 0).expand(N, 3))
+
+def test_the_state_of_another_curvature():
+    f, y = lambda y: 50*y.square().sum(1), torch.ones(4, 2, requires_grad=True)
+    a, b = (NewtonLoss(f, Remembering(d(.1), Window(2))) for d in (DiagonalFisher, DiagonalHessian))
+    a(y).backward()
+    with pytest.raises(ValueError, match="memory: expected sums of second derivatives diagonal, got None"): b.load_state_dict(a.state_dict())
+    again = NewtonLoss(f, Remembering(DiagonalFisher(.1), Window(2)))
+    again.load_state_dict(a.state_dict())
+    close(again.directions(y.detach())[1], a.directions(y.detach())[1])
+
+def test_a_diagonal_is_judged_entry_by_entry():
+    c = torch.tensor([1e16, 1., 1e-3], dtype=torch.double)
+    d = newton_direction(lambda y: (c*y**2).sum(1)/2, torch.ones(4, 3, dtype=torch.double), curvature=DiagonalHessian(.1))[1]
+    close(d, (c/(c + .1)).expand(4, 3))
+
+def test_a_sorting_loss_that_is_changed():
+    "A subclass with a permutation of its own, and a copy with another temperature"
+    class Own(SortingLoss):
+        def permutation(self, s, log=False): return soft_sort(s, .1, log)
+    y, P = torch.randn(4, 3, dtype=torch.double), true_permutation(torch.randn(4, 3, dtype=torch.double))
+    copied = copy.copy(SortingLoss())
+    copied.tau = .1
+    for loss in (Own(), copied):
+        a, b = y.clone().requires_grad_(), y.clone().requires_grad_()
+        loss(a, P).mean().backward()
+        OutputLoss(loss)(b, P).backward()
+        close(b.grad, a.grad)
+
+def test_nothing_to_cut():
+    y = torch.zeros(0, 3, 2, requires_grad=True)
+    assert NewtonLoss(lambda y: y.square().sum(1), chunk_size=2)(y).shape == (0,)
+
+def test_overflow_that_arrives_is_named():
+    y = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="gradient of loss_fn"): (inject_fisher(y)*torch.inf).sum().backward()

@@ -114,7 +114,24 @@ def half_and_empty(rank, size):
         found[name] = far(b.grad.float()/2, a.grad[part].float()) if rank == 0 else 0.
     return found
 
-def two(rank, size): return {f"{f.__name__} {k}": v for f in (accumulated, resumed) for k, v in f(rank, size).items()}
+def learned(rank, size):
+    "A parameter of the loss: one process has no sample, or meets its first later than the other"
+    found, y = {}, torch.randn(6, 3, dtype=D, generator=torch.Generator().manual_seed(0))
+    class Tempered(nn.Module):
+        def __init__(self): super().__init__(); self.T = nn.Parameter(torch.tensor(2., dtype=D))
+        def forward(self, y): return (self.T*y).square().sum(1)
+    for name in ("module", "closure"):
+        f = Tempered()
+        loss = NewtonLoss(f if name == "module" else lambda y: f(y), lam=.1)
+        for own in (slice(0, 6*(1 - rank)), slice(6*rank, 6), slice(5*rank, 5 + rank)):   # 6 + 0, 6 + 0, 5 + 1
+            f.T.grad = None
+            loss(y[own].clone().requires_grad_()).backward()
+            total = torch.zeros((), dtype=D) if f.T.grad is None else f.T.grad.clone()
+            dist.all_reduce(total)
+            found[f"{name} {own}"] = far(total/size, 4*y.square().sum(1).mean())
+    return found
+
+def two(rank, size): return {f"{f.__name__} {k}": v for f in (accumulated, resumed, learned) for k, v in f(rank, size).items()}
 def four(rank, size): return {f"{f.__name__} {k}": v for f in (guards, accumulated) for k, v in f(rank, size).items()}
 
 def caught(f):

@@ -12,6 +12,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from .derivatives import of_samples
 from .solves import choice
 from ..sorting.losses import ranking_loss, true_permutation
 
@@ -38,7 +39,7 @@ class _PerSample(nn.Module):
     def every(self, *given):
         "By vmap, or by a loop from the first time that vmap fails"
         N = len(given[0])
-        cut = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == N for a in given]
+        cut = [True, *of_samples(given[1:], [N])]
         def one(*row):
             loss = self.loss_fn(*[a[None] if c else a for a, c in zip(row, cut)])
             if isinstance(loss, Tensor) and loss.numel() == 1: return loss.reshape(())

@@ -65,6 +65,18 @@ def in_transform(x):
             or torch._C._functorch.is_legacy_batchedtensor(x)
             or torch.autograd.forward_ad._current_level >= 0)
 
+# %% ../../nbs/core/01_derivatives.ipynb #ab09a445
+def of_samples(args, lead:list, hint:str="") -> list[bool]:
+    "Which arguments have a row for each sample; raise if another has more than one row"
+    tensor = [isinstance(a, Tensor) and a.ndim > 0 for a in args]
+    own = [t and [*a.shape[:len(lead)]] == lead for a, t in zip(args, tensor)]
+    for i, a in enumerate(args):
+        if tensor[i] and not own[i] and len(a) > 1: raise ValueError(
+            f"args[{i}]: expected one row per sample, first dimensions {lead}, where a "
+            f"batch is cut, got shape {[*a.shape]}; what all samples share has 1 row, or "
+            f"is bound by functools.partial{hint}")
+    return own
+
 # %% ../../nbs/core/01_derivatives.ipynb #10100974
 def _products(G, y, V:Float[Tensor, "K N m"], keep:Callable=lambda v, P: P):
     "Products of vectors with all samples' Hessians; `keep` says what of them is kept"
@@ -126,7 +138,9 @@ def _check_second(loss_fn, y, args, G, products):
     size = length(seen).maximum(length(once))
     doubt = doubt.maximum(doubt.nanmedian()) + noise + size.amax()*1e-6
     doubt = doubt + length(v)*tiny*1e6               # tails that y's type does not hold
-    off = (length(seen - once) > size/10 + 5*doubt) & once.any(1)  # else an estimate
+    doubt = doubt + size*torch.finfo(y.dtype).eps**.5
+    off = (seen - once).abs() > seen.abs().maximum(once.abs())/10 + 5*doubt[:, None]
+    off = off.any(1) & once.any(1)                   # else an estimate
     if off.sum() > len(y)/100: raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient "
         "has changes that autograd does not see (once_differentiable, detach, numpy?); "
@@ -186,7 +200,8 @@ class _Padded:
             real = lambda a: a[i][self.mask[i]].view(-1, k)
             def cut(a):
                 if not isinstance(a, Tensor) or not a.ndim: return a
-                if a.shape == y.shape: return real(a)
+                if a.shape[1:] == y.shape[1:] and len(a) in (1, len(y)):
+                    return real(a.expand_as(y))
                 return a[i] if len(a) == len(y) else a
             yield i, self.mask[i].nonzero()[:, 1].view(-1, k), map(cut, (y, *args))
 

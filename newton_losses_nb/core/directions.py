@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import random_signs
-from .evidence import Batch, Evidence, gram
+from .evidence import Batch, Evidence, gram, nonzero
 from .solves import SPECTRA, choice, damping, fisher_step
 from .solves import number, spectral_step, spectrum
 
@@ -210,7 +210,7 @@ class Normalize(Direction):
     def observe(self, b): return Evidence.of(b)
 
     def forward(self, e, G, mask=None):
-        rms = (e.square.sum(-1)/e.count.sum(-1).clamp_min(1)).sqrt()
+        rms = (e.square.sum(-1)/nonzero(e.entries)).sqrt()
         return G/rms.clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
 
 class Scalar(Damped):
@@ -219,7 +219,6 @@ class Scalar(Damped):
 
     def forward(self, e, G, mask=None):
         if self.lam == "auto": return e.evenness[..., None, None]*G
-        n = e.samples.where(e.samples > 0, 1)
-        others = e.count.sum(-1)/n - 1
-        c = e.square.sum(-1)/n/others.where(others > 0, 1) + damping(self.lam, e)[0]
+        n = nonzero(e.samples)
+        c = e.square.sum(-1)/n/nonzero(e.entries/n - 1) + damping(self.lam, e)[0]
         return G/c[..., None, None]

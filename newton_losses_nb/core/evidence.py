@@ -47,8 +47,8 @@ def gram(
 class Evidence(NamedTuple):
     "Sums over samples"
     square: Float[Tensor, "*b m"]|None = None # Squared gradients
-    count: Float[Tensor, "*b m"]|None = None  # How many samples have each output
-    samples: Float[Tensor, "*b"]|None = None  # How many samples there are
+    count: Float[Tensor, "*b m"]|float|None = None # How many samples have each output
+    samples: Float[Tensor, "*b"]|float|None = None # How many samples there are
     spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of their curvatures
     roots: Float[Tensor, "*b"]|None = None    # Square roots of their gradients' lengths
     total: Float[Tensor, "..."]|None = None   # Curvatures, or their diagonals
@@ -64,30 +64,36 @@ class Evidence(NamedTuple):
             more["roots"] = own.pow(.25).sum(-1)
             if "spread" not in more: more["spread"] = own.square().sum(-1)  # a Fisher's
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
-        count = torch.full_like(square, b.G.shape[-2])
-        return cls(square, count, count[..., 0], **more)
+        return cls(square, *[float(b.G.shape[-2])]*2, **more)
 
     def map(self, f:Callable, of_rows:Callable|None=None) -> "Evidence":
-        "All sums through `f`, the rows through `of_rows` if that is given"
+        "All tensors through `f`, the rows through `of_rows` if that is given"
         fs = [f]*(len(self) - 1) + [of_rows or f]
-        return Evidence(*(None if x is None else f(x) for f, x in zip(fs, self)))
+        return Evidence(*(f(x) if isinstance(x, Tensor) else x
+                          for f, x in zip(fs, self)))
 
     def __add__(self, other):
         *sums, rows = (None if a is None else (a, b) for a, b in zip(self, other))
         return Evidence(*(s and sum(s) for s in sums), rows and torch.cat(rows, -2))
 
-    def __rmul__(self, w:float): return self.map(lambda x: w*x, lambda x: w**.5*x)
+    def __rmul__(self, w:float):
+        *sums, rows = (None if x is None else w*x for x in self)
+        return Evidence(*sums, rows if rows is None else self.rows*w**.5)
 
 # %% ../../nbs/core/02_evidence.ipynb #a13a059c
-def _at_least_tiny(x): return x.clamp_min(torch.finfo(x.dtype).tiny)
+def nonzero(n):
+    "Counts to divide by: 1 in the place of 0, since a sum over none is zero"
+    return n.where(n > 0, 1) if isinstance(n, Tensor) else n or 1.
 
+# %% ../../nbs/core/02_evidence.ipynb #a80a29af
 @patch(as_prop=True)
 def mean(self:Evidence) -> Float[Tensor, "..."]:
     "Mean curvature C; if rows are kept, a matrix A with AᵀA = C"
-    n = _at_least_tiny(self.count)               # a sum over none is zero
-    if self.total is not None and self.total.ndim == n.ndim: return self.total/n
-    n = n.sqrt().unsqueeze(-2)
-    return self.rows/n if self.total is None else self.total/n/n.mT
+    n, total = nonzero(self.count), self.total
+    if not isinstance(n, Tensor): return self.rows/n**.5 if total is None else total/n
+    if total is not None and total.ndim == n.ndim: return total/n
+    root = n.sqrt().unsqueeze(-2)
+    return self.rows/root if total is None else total/root/root.mT
 
 # %% ../../nbs/core/02_evidence.ipynb #24493b66
 @patch
@@ -99,27 +105,33 @@ def cut(self:Evidence, real:Bool[Tensor, "m"]) -> Evidence:
 
 # %% ../../nbs/core/02_evidence.ipynb #69841c84
 @patch(as_prop=True)
-def outputs(self:Evidence) -> Float[Tensor, "*b"]:
+def outputs(self:Evidence) -> Float[Tensor, "*b"]|int:
     "How many outputs some sample has"
+    if not isinstance(self.count, Tensor): return self.square.shape[-1]
     return self.count.sign().sum(-1).clamp_min(1)
+
+@patch(as_prop=True)
+def entries(self:Evidence) -> Float[Tensor, "*b"]|float:
+    "How many numbers the gradients of all samples have"
+    n = self.count
+    return n.sum(-1) if isinstance(n, Tensor) else n*self.square.shape[-1]
 
 @patch(as_prop=True)
 def mean_square(self:Evidence) -> Float[Tensor, "*b"]:
     "Mean over outputs of the mean squared gradient"
-    return (self.square/_at_least_tiny(self.count)).sum(-1)/self.outputs
+    return (self.square/nonzero(self.count)).sum(-1)/self.outputs
 
 @patch(as_prop=True)
 def size(self:Evidence) -> Float[Tensor, "*b"]:
     "Squared size ‖ΣC_i‖² of the sum of the curvatures"
     C = gram(self.rows) if self.total is None else self.total
-    return C.square().flatten(self.samples.ndim).sum(-1)
+    return C.square().flatten(self.square.ndim - 1).sum(-1)
 
 @patch(as_prop=True)
 def evenness(self:Evidence) -> Float[Tensor, "*b"]:
     "(mean √length)² of the gradients over their root mean square, at most 1"
-    N = self.samples.clamp_min(1)
-    length = (self.square.sum(-1)/N).sqrt()
-    return (self.roots/N).square()/_at_least_tiny(length)
+    length = (self.square.sum(-1)*self.samples**3).sqrt()
+    return self.roots.square()/length.clamp_min(torch.finfo(length.dtype).tiny)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
@@ -183,4 +195,6 @@ def pooled(self:Evidence, group:Group) -> Evidence:
     widths = group.gather(self.square.shape[-1], self.square.device)
     if len(set(widths)) > 1: raise ValueError(
         f"y: expected equally many outputs in all processes, got {widths}")
-    return self.map(group.add, lambda x: group.cat(x)[0])
+    full = torch.full_like(self.square, 1.)          # processes may have masks or none
+    e = self._replace(count=self.count*full, samples=self.samples*full[..., 0])
+    return e.map(group.add, lambda x: group.cat(x)[0])

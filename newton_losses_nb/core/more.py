@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .derivatives import random_signs
 from .directions import Damped, Direction
-from .evidence import Evidence, Group
+from .evidence import Evidence, Group, nonzero
 from .solves import auto_damping, damping, number
 
 # %% ../../nbs/core/06_more.ipynb #02d327a4
@@ -46,7 +46,9 @@ class _Memory(nn.Module):
 
     def recall(self, e:Evidence) -> list[Evidence]:
         "What is remembered, on the device of new evidence and of its kind"
-        kind = lambda e: [None if x is None else (x.ndim, *x.shape[-1:]) for x in e]
+        def kind(e):
+            sums = e.square, e.spread, e.total, e.rows
+            return [None if x is None else (x.ndim, *x.shape[-1:]) for x in sums]
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
             "memory: expected evidence like that remembered, dimensions and outputs "
             f"{kind(self.past[0])}, got {kind(e)}; reset() it for another task, or pad "
@@ -98,6 +100,11 @@ class Remembering(Direction):
     def reset(self):
         "Forget everything"
         self.memory.reset()
+
+    def get_extra_state(self): return str(self.second)
+    def set_extra_state(self, state):
+        if state != str(self.second): raise ValueError(
+            f"memory: expected sums of second derivatives {self.second}, got {state}")
 
     def observe(self, b): return self.direction.observe(b)
     def forward(self, e, G, mask=None): return self.direction(e, G, mask)
@@ -152,7 +159,8 @@ class _Products(NamedTuple):
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
         "Products with the mean Hessian C"
-        root = self.sums.count.where(self.sums.count > 0, 1).sqrt().unsqueeze(-2)
+        root = nonzero(self.sums.count)**.5
+        if isinstance(root, Tensor): root = root.unsqueeze(-2)
         total = sum(part(V/root) for part in self.parts)
         return (total if self.group is None else self.group.add(total))/root
 
@@ -188,7 +196,7 @@ class Krylov(Damped):
             size = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
             return damping(self.lam, s, size)
         if self.lam != "auto": return damping(self.lam, s)
-        N, total = s.samples.clamp_min(1), s.total.square().sum(-1).mean(-1)
+        N, total = nonzero(s.samples), s.total.square().sum(-1).mean(-1)
         size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N
         even = (trace.square()/s.outputs/size).clamp_max(1)
         return auto_damping(s, (size/s.outputs).sqrt(), even, total)

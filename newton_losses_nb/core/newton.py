@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import random_signs, sample_losses, widened
+from .derivatives import of_samples, random_signs, sample_losses, widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
-from .evidence import Batch, Group, SingularError
+from .evidence import Batch, Group, SingularError, nonzero
 from .solves import SPECTRA, choice, number
 
 # %% ../../nbs/core/05_newton.ipynb #45d7bb75
@@ -48,7 +48,7 @@ class OutputLoss(nn.Module):
             self.chunk_size = number("chunk_size", chunk_size, 1, whole=True)
         known = "raise", "skip", "gradient"
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
-        self.check, self.group, self.shared, self.learns = check, group, None, False
+        self.check, self.group, self.shared, self.learns = check, group, None, None
         self.checked = not check or on_nonfinite == "skip"
 
     @torch._disable_dynamo
@@ -66,11 +66,11 @@ class OutputLoss(nn.Module):
         functional = torch._C._are_functorch_transforms_active()
         wanted = getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not (functional or wanted): return self._plain(y, mask, args)
-        first = not self.checked
+        if functional: self._check_gradients(args)
         base = _Send if functional else super(torch.autograd.Function, _Send)
         value = base.apply(y, self, mask, *args)[0]
-        if functional or not self._learns(y, mask, args, first): return value
-        own = self._plain(y, mask, args)
+        if functional or not self._learns(y, mask, args): return value
+        own = self._plain(y, mask, args, self.__dict__["sent"][2])
         return value + (own - own.detach())
 
     def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
@@ -81,7 +81,7 @@ class OutputLoss(nn.Module):
     @property
     def cosine(self) -> float:
         "Between what was sent back last and the gradient; 1: the plain gradient"
-        G, D = self.__dict__["sent"]
+        G, D, _ = self.__dict__["sent"]
         return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
 
 # %% ../../nbs/core/05_newton.ipynb #fc11b1fc
@@ -95,13 +95,12 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
-    self.__dict__["sent"] = b.G, D
     if memory and remember: memory.keep(past)
-    self.checked, n, D = self.checked or y.shape[-2] > 1, y.shape[-2], D.to(b.loss)
-    if b.weight is not None or group.size > 1:
-        n = group.add(b.n)/group.size
-        n = n.where(n > 0, 1)[..., None, None].to(D)
-    return b, D, n
+    shared = b.weight is not None or group.size > 1
+    n = nonzero(group.add(b.n)/group.size) if shared else None
+    self.__dict__["sent"] = b.G, D, n
+    self.checked, D = self.checked or y.shape[-2] > 1, D.to(b.loss)
+    return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
 @patch
@@ -109,7 +108,7 @@ def _observe(self:OutputLoss, y, mask, args):
     "The batch, and the sum of the evidence of its chunks"
     self._check_call(y, mask, args)
     own, (*lead, N, _) = self._of_samples(y, mask, args), y.shape
-    size = N if self.chunk_size is None else self.chunk_size//math.prod(lead)
+    size = N if self.chunk_size is None else self.chunk_size//max(1, math.prod(lead))
     size = max(size, 2 - self.checked)               # the first check is of two samples
     def piece(i):
         cut = lambda a: None if a is None else a.narrow(len(lead), i, min(size, N - i))
@@ -241,40 +240,38 @@ class _Send(_Once):
 def _mean(b, n=None):
     "Mean of the losses of the n samples that take part; zero if there are none"
     if b.weight is None: return b.loss.mean(-1)
-    if n is None: n = b.n
-    return (b.loss.where(b.taken, 0).sum(-1)/n.where(n > 0, 1)).to(b.loss)
+    n = nonzero(b.n) if n is None else n
+    return (b.loss.where(b.taken, 0).sum(-1)/n).to(b.loss)
 
 # %% ../../nbs/core/05_newton.ipynb #78e39088
 @patch
 def _of_samples(self:OutputLoss, y, mask, args):
     "Where a batch is cut: which arguments have a row per sample; others have 1 row"
     if mask is None and self.chunk_size is None and y.ndim == 2: return None
-    (*lead, m), tensor = y.shape, [isinstance(a, Tensor) and a.ndim > 0 for a in args]
-    own = [t and [*a.shape[:len(lead)]] == lead for a, t in zip(args, tensor)]
-    for i, a in enumerate(args):
-        if tensor[i] and not own[i] and len(a) > 1: raise ValueError(
-            f"args[{i}]: expected one row per sample, first dimensions {lead}, where a "
-            f"batch is cut, got shape {[*a.shape]}; what all samples share has 1 row"
-            + f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1))
-    if y.ndim > 2 or self.checked: return own
-    for i, a in enumerate(args):
-        if not own[i] or a.shape != y.shape[-1:]: continue
-        def losses(k):
-            roll = lambda a: None if a is None else a.roll(k, 0)
-            more = [roll(a) if o else a for a, o in zip(args, own)]
-            return sample_losses(self.loss_fn, roll(y.detach()), *more, mask=roll(mask))
-        if not torch.allclose(losses(0).roll(1), losses(1), 1e-3, 1e-6, True):
-            raise ValueError(f"args[{i}]: expected one number per sample where a batch "
-                             f"is cut; give {m} that all share the shape (1, {m})")
+    *lead, m = y.shape
+    hint = f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1)
+    own = of_samples(args, lead, hint)
+    if y.ndim > 2 or self.checked or len(y) < 2 or not any(own): return own
+    def losses(k):
+        cut = lambda a: None if a is None else a[:k]
+        some = [cut(a) if o else a for a, o in zip(args, own)]
+        return sample_losses(self.loss_fn, y.detach()[:k], *some, mask=cut(mask))
+    whole, again, first = losses(len(y)), losses(len(y)), losses(1)
+    small = 1e-6*whole.abs().nan_to_num().amax().item()
+    same = torch.allclose(whole[:1], first, 1e-3, small, True)
+    if not same and torch.equal(whole, again): raise ValueError(
+        ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
+        "per sample where a batch is cut, but the loss of a sample changes with the cut; "
+        "what all samples share has 1 row, and samples must not depend on each other")
     return own
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7
 @patch
-def _plain(self:OutputLoss, y, mask, args):
-    "The mean of the losses themselves"
+def _plain(self:OutputLoss, y, mask, args, n=None):
+    "The mean of the losses themselves, over `n` samples if that is given"
     self._check_call(y, mask, args)
     self._of_samples(y, mask, args)
-    lead, group = y.shape[:-1], Group(self.group)
+    lead = y.shape[:-1]
     y, mask, *args = _flat(y.detach(), mask, args)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
     with torch.autocast(y.device.type, enabled=False):
@@ -286,26 +283,39 @@ def _plain(self:OutputLoss, y, mask, args):
             real = real & fine.unsqueeze(-1)
             if loss.requires_grad:                   # NaN may not reach its parameters
                 loss = sample_losses(self.loss_fn, y.where(real, 0), *args, mask=real)
-    b = Batch(loss.unflatten(0, lead), y, None, real.unflatten(0, lead))
-    return _mean(b, group.add(b.n)/group.size if loss.requires_grad else b.n)
+    return _mean(Batch(loss.unflatten(0, lead), y, None, real.unflatten(0, lead)), n)
 
 # %% ../../nbs/core/05_newton.ipynb #71e1dcb6
 @patch
-def _learns(self:OutputLoss, y, mask, args, first):
+def _learns(self:OutputLoss, y, mask, args):
     "Has the loss parameters of its own that want a gradient?"
     f = self.loss_fn
-    if isinstance(f, nn.Module): return any(p.requires_grad for p in f.parameters())
-    if first and not hasattr(f, "derivatives"):
+    if any(p.requires_grad for p in _parameters(f)): return True
+    seen = y.numel() if mask is None else mask.any()
+    if self.learns is None and seen and not hasattr(f, "derivatives"):
         self.learns = self._plain(y, mask, args).requires_grad
-    return self.learns
+    return bool(self.learns)
+
+def _parameters(f):
+    parts = [f, *getattr(f, "__dict__", {}).values()]
+    return [p for o in parts if isinstance(o, nn.Module) for p in o.parameters()]
+
+@patch
+def _check_gradients(self:OutputLoss, args):
+    "Raise if something other than the outputs is to be differentiated"
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and a.requires_grad: raise ValueError(
+            f"args[{i}]: expected no gradient, since only y is sent one; detach it")
+    tracked = torch._C._functorch.is_gradtrackingtensor
+    if any(tracked(p) and p.requires_grad for p in _parameters(self.loss_fn)):
+        raise RuntimeError("loss_fn: its parameters have a gradient by backward(), but "
+                           "torch.func can differentiate for y only")
 
 @patch
 def _check_call(self:OutputLoss, y, mask, args):
     "Raise for arguments of the wrong kind"
     check_outputs(y, mask)
-    for i, a in enumerate(args):
-        if isinstance(a, Tensor) and a.requires_grad: raise ValueError(
-            f"args[{i}]: expected no gradient, since only y is sent one; detach it")
+    self._check_gradients(args)
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: _Once.jvp(None)
     reads = self.on_nonfinite == "raise" and y.is_cuda
     if reads and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
@@ -396,7 +406,7 @@ def newton_target(
 # %% ../../nbs/core/05_newton.ipynb #143ed3d0
 class _Linear:
     "The loss whose gradient is `G`, whatever `y` is"
-    def __call__(self, y, G): return (y*G).sum(-1)
+    def __call__(self, y, G): return 0*y.sum(-1)
     def derivatives(self, y, G, hessian): return self(y, G), G, None
 
 @torch._disable_dynamo

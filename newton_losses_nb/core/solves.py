@@ -51,8 +51,8 @@ def auto_damping(
     "λ by Ledoit and Wolf, and the factor that gives a direction its length"
     N = e.samples
     noise = (N*e.spread/total - 1.)/(N - 1.)     # β²/‖C‖², where δ²/‖C‖² = 1 − even
-    ratio = (noise/(1. - even - noise).clamp_min(0)).nan_to_num(1e6).clamp(1e-6, 1e6)
-    lam = mu*ratio.masked_fill(N <= 1., 1.).clamp_min(least) + lift
+    ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
+    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.evenness*length)[..., None, None]
@@ -68,13 +68,15 @@ def damping(
     "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
     if isinstance(lam, str):
         m = e.outputs
-        if eigenvalues is not None:
-            a, lift = eigenvalues.abs(), -2*eigenvalues.amin(-1).clamp_max(0)
-            mu, size = a.sum(-1)/m, a.square().sum(-1)
-            return auto_damping(e, mu, m*mu*mu/size, e.size, power, lift=lift)
-        mu, size = K.diagonal(dim1=-2, dim2=-1).sum(-1)/m, K.square().sum((-2, -1))
-        least = m/e.samples.sqrt() - 1.
-        return auto_damping(e, mu, m*mu*mu/size, e.size, power, least)
+        if eigenvalues is None:
+            trace, norm = K.diagonal(dim1=-2, dim2=-1).sum(-1), K.norm(dim=(-2, -1))
+            bounds = m/e.samples**.5 - 1., 0.
+        else:
+            trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
+            bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
+        whole = eigenvalues is None and not isinstance(e.count, Tensor)
+        total = (e.count*norm).square() if whole else e.size
+        return auto_damping(e, trace/m, (trace/norm).square()/m, total, power, *bounds)
     square = e.mean_square
     found = lam(square, eigenvalues) if callable(lam) else lam
     if not isinstance(found, Tensor):
@@ -88,7 +90,7 @@ SPECTRA = { # What to do with negative eigenvalues
 
 def spectrum(C:Float[Tensor, "*b m m"], eigenvalues:str="raw") -> tuple[Tensor, Tensor]:
     "C's `eigenvalues` (raw, abs or clip) and eigenvectors; NaN where C is not finite"
-    e, V = torch.linalg.eigh(((C + C.mT)/2).nan_to_num(0, 0, 0))
+    e, V = torch.linalg.eigh(C.nan_to_num(0, 0, 0))
     return SPECTRA[eigenvalues](e) + (0*C).sum((-2, -1)).unsqueeze(-1), V
 
 def _row_spectrum(A:Float[Tensor, "*b M m"]) -> tuple[Tensor, Tensor]:
@@ -107,9 +109,10 @@ def spectral_step(
 ) -> Float[Tensor, "*b N m"]: # Rows (C + λI)^(-p) G_i; NaN where C + λI is singular
     "Directions from a spectrum (paper, Definitions 1 and 2)"
     lam, m, eps = lam.unsqueeze(-1), G.shape[-1], torch.finfo(G.dtype).eps
-    noise = (1 if V is None else m)*eps*e.abs().amax(-1, keepdim=True)
-    flat = (e + lam).abs() <= (noise if signed else noise*(lam == 0))
-    scale = (e + lam).masked_fill(flat, torch.nan)
+    noise = eps*e.abs() if V is None else m*eps*e.abs().amax(-1, keepdim=True)
+    scale = e + lam
+    flat = scale.abs() <= (noise if signed else noise*(lam == 0))
+    scale = scale.masked_fill(flat, torch.nan)
     scale = (scale if power == 1 else scale**power).unsqueeze(-2)
     if V is None: return G/scale
     inside = G @ V
@@ -146,7 +149,8 @@ def _row_step(e, G, lam):
     long = torch.linalg.vector_norm(tall, dim=-1, keepdim=True) > root
     W = Q.where(long, torch.linalg.solve_triangular(R, tall, upper=True, left=False))
     D = torch.linalg.solve_triangular(R.mT, W, upper=False, left=False)
-    D = (D.mT if wide else D)*e.count[..., :1, None].sqrt()
+    n = e.count[..., :1, None] if isinstance(e.count, Tensor) else e.count
+    D = (D.mT if wide else D)*n**.5
     if e.rows is not G: D = _own_rows(e, G, D, lam)
     size = R.diagonal(dim1=-2, dim2=-1).abs()
     flat = size.amin(-1) <= R.shape[-1]*torch.finfo(R.dtype).eps*size.amax(-1)
@@ -159,8 +163,8 @@ def _own_rows(e, G, D, lam):
     first = (e.rows == _take(G, longest)).all(-1).int().argmax(-1, keepdim=True)
     at = first - longest + torch.arange(G.shape[-2], device=G.device)
     at = at.clamp(0, e.rows.shape[-2] - 1)
-    even = (e.count == e.count[..., :1]).all(-1)[..., None, None]
-    own = (_take(e.rows, at) == G).all(-1, keepdim=True) & even
+    own, n = (_take(e.rows, at) == G).all(-1, keepdim=True), e.count
+    if isinstance(n, Tensor): own = own & (n == n[..., :1]).all(-1)[..., None, None]
     return _take(D, at).where(own, spectral_step(G, *_row_spectrum(e.mean), lam))
 
 # %% ../../nbs/core/03_solves.ipynb #2b5254b0

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ..core.derivatives import of_samples
 from ..core.solves import choice, number, positive
 from .exact import check_same_shape
 
@@ -139,8 +140,8 @@ def call(
 ) -> Shaped[Tensor, "N S ..."]: # Results, in the dtype of the points at least
     "Results of an algorithm for many points, from one call"
     n, S = points.shape[:2]
-    def per_row(a): return isinstance(a, Tensor) and a.ndim > 0 and len(a) == n
-    args = [a.repeat_interleave(S, 0) if per_row(a) else a for a in args]
+    own = of_samples(args, [n])
+    args = [a.repeat_interleave(S, 0) if o else a for a, o in zip(args, own)]
     f = _run(name, algorithm, points.flatten(0, 1), args)
     return f.to(torch.promote_types(f.dtype, points.dtype)).unflatten(0, (n, S))
 

@@ -274,7 +274,8 @@ def network_derivatives(
            Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
     "Ranking loss behind a sorting network with its exact derivatives, for each sample"
     x = _scores(s.detach(), relaxation, steepness)
-    shape, n = x.shape, x.shape[-1]
+    dtype, shape, n = x.dtype, x.shape, x.shape[-1]
+    if hessian and relaxation == "gaussian": x = x.double()    # its tails cancel
     check_ranking((*shape, n), P_true, choice("kind", kind, ("cross_entropy", "bce")),
                   x.device)
     x, T = x.reshape(-1, n), P_true.detach().to(x.dtype).reshape(-1, n, n)
@@ -284,7 +285,8 @@ def network_derivatives(
     if hessian: Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, *settings)
     else: Y, H = _log_backward(G, kept, *settings), None
     H = H.reshape(*shape, n).to(s.dtype) if hessian else None
-    return loss.reshape(shape[:-1]), Y.reshape(shape).to(s.dtype), H
+    loss = loss.reshape(shape[:-1]).to(dtype)
+    return loss, Y.reshape(shape).to(s.dtype), H
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #878fcab7
 def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
