@@ -63,7 +63,8 @@ SENTENCES = {
     r"y.squeeze\(-1\) has 4 outputs a sample": lambda: NewtonLoss(ce)(Y[..., None], T),
     "target: expected .*functools.partial": lambda: NewtonLoss(ce)(Y, target=T),
     "got that of a Window": lambda: loaded(Remembering(Fisher(), MovingAverage(.5))),
-    "expected evidence like that remembered": lambda: loaded(Remembering(Hessian(), Window(2))),
+    "expected evidence like that remembered": lambda: loaded(Remembering(DiagonalFisher(), Window(2))),
+    "expected sums of second derivatives full, got None": lambda: loaded(Remembering(Hessian(), Window(2))),
     "sigma: expected": lambda: Noise(sigma=True), "samples: expected": lambda: Noise(samples=True),
     "lam: expected": lambda: BlackboxLoss(lambda y: y, ce, True),
     "path around the walls": lambda: shortest_path(wall(4))}

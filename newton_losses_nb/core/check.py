@@ -312,7 +312,8 @@ def _ask_size(p):
     p.typical = float(rows[some].median())
     tail = float(rows.amax())/p.typical
     hard = float(above[rows.argmax()]/above[some].median().clamp_min(tiny))
-    p.exploding = tail/max(1, hard)
+    promised = float(rows.amax())*_natural_step(p.y)  # of loss, by a step of some size
+    if promised > 10*float(above.amax()): p.exploding = tail/max(1, hard)
     text = f"rms {rms:.3g}; longest row {tail:.3g} times the median"
     if p.exploding > 10: return _note(
         f"{text}, though its loss is an ordinary one: the gradient explodes", rms)
@@ -347,7 +348,8 @@ def _taken(p, direction, rows, others):
         G = p.gradient(y).where(p.good[:, None], 0).nan_to_num()
         return _by_part(direction, G.double(), others).to(y)
     y, D = p.y, along(p.y)
-    unit = float((_natural_step(y)/D[rows].square().mean().sqrt()).log10())
+    size = float(y.double().square().mean().sqrt()) or 1.
+    unit = float((size/D[rows].square().mean().sqrt()).log10())
     near = min((unit + k/3 for k in range(-15, 4)), key=lambda o: value(y - 10.**o*D))
     found = [value(y - 10.**near*D)]
     for length in (near, near - 1/3, near - 2/3):
@@ -376,7 +378,7 @@ def _ask_direction(p):
 def _recommend(p):
     "A class, its options, and why"
     found = {q: f.value for q, f in p.found.items()}
-    def plain(why): return OutputLoss, {}, f"Plain training{why}"
+    def plain(why): return OutputLoss, {}, f"Plain training, the mean of the loss{why}"
     if found["independent samples"] == "leak": return plain(
         ", until samples are independent: average outside the loss, or let a sample be "
         "the group that belongs together.")
@@ -388,15 +390,19 @@ def _recommend(p):
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
     turn, _, newton, whitened = found["Newton direction"]
+    control = "If training is slow, compare NormalizedLoss: it changes lengths, at no cost."
+    if p.y.shape[1] == 1: return plain(
+        f": with one output a Newton step is a rescaling. {control}")
     if turn >= 0.9: return plain(
-        ": on this batch the Newton direction is nearly the gradient. If training is "
-        "slow, compare NormalizedLoss: it changes lengths, at no cost.")
-    gain = max(newton, whitened)
-    why = f"steps along it take {gain:.2f} times the loss that gradient steps take."
-    if gain < 1.2: return plain(f": the Newton direction is another one, but {why}")
-    if newton < gain: return OutputLoss, dict(direction=Whiten()), (
-        f"Whitening, half of a Newton step: {why}")
-    why = f"Newton's step: it turns the gradient, and {why}"
+        f": on this batch the Newton direction is nearly the gradient. {control}")
+    def reduces(gain): return f"reduce the loss {gain:.2f} times as much as gradient steps"
+    if max(newton, whitened) < 1.2: return plain(
+        f": ten Newton steps on the outputs {reduces(newton)}, ten whitened ones "
+        f"{whitened:.2f} times; 1.2 times would count. {control}")
+    start = " Train with it from the start: in mid-training it upsets Adam's averages."
+    if newton < whitened: return OutputLoss, dict(direction=Whiten()), (
+        f"Whitening, half of a Newton step: ten steps {reduces(whitened)}.{start}")
+    why = f"Newton's step turns the gradient, and ten steps {reduces(newton)}.{start}"
     if found["second derivative"] == "right" and p.found["float32"].verdict == "ok":
         why += (" The second derivative is right, so you may also try "
                 "curvature='hessian', eigenvalues='abs'.")

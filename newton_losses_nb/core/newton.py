@@ -70,7 +70,7 @@ class OutputLoss(nn.Module):
         base = _Send if functional else super(torch.autograd.Function, _Send)
         value = base.apply(y, self, mask, *args)[0]
         if functional or not self._learns(y, mask, args): return value
-        own = self._plain(y, mask, args, self.__dict__["sent"][2])
+        own = self._plain(y, mask, args, self.taking)
         return value + (own - own.detach())
 
     def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
@@ -81,7 +81,7 @@ class OutputLoss(nn.Module):
     @property
     def cosine(self) -> float:
         "Between what was sent back last and the gradient; 1: the plain gradient"
-        G, D, _ = self.__dict__["sent"]
+        G, D = self.__dict__["sent"]
         return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
 
 # %% ../../nbs/core/05_newton.ipynb #fc11b1fc
@@ -98,7 +98,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     if memory and remember: memory.keep(past)
     shared = b.weight is not None or group.size > 1
     n = nonzero(group.add(b.n)/group.size) if shared else None
-    self.__dict__["sent"] = b.G, D, n
+    self.__dict__.update(sent=(b.G, D), taking=n)    # n samples take part
     self.checked, D = self.checked or y.shape[-2] > 1, D.to(b.loss)
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
 
@@ -262,7 +262,8 @@ def _of_samples(self:OutputLoss, y, mask, args):
     if not same and torch.equal(whole, again): raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
         "per sample where a batch is cut, but the loss of a sample changes with the cut; "
-        "what all samples share has 1 row, and samples must not depend on each other")
+        "what all samples share has 1 row, shape (1, m) for m outputs, and samples must "
+        "not depend on each other")
     return own
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7
