@@ -27,7 +27,7 @@ def norms(*values): return [dict(lr=1e-3, max_norm=o) for o in values]
 
 FIRST = { # Trials: five rates, or three values at one rate and the best of these at two larger ones
     "soft_sort": dict(none=RATES, rms=RATES, whiten=[o | dict(lam=1e-6) for o in RATES],
-                      default=[o | dict(lam="shrinkage") for o in RATES],  # a Fisher
+                      default=[o | dict(lam="ledoit_wolf") for o in RATES],  # a Fisher
                       fisher=lams(1e-3, 1e-2, .1), scalar=lams(1e-3, 1e-2, .1),
                       hessian=lams(.1, 1., 10.), clip=norms(.1, .3, 1.),
                       clip_grad=norms(.1, 1., 10.))}

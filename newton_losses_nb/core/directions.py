@@ -218,7 +218,7 @@ class Scalar(Damped):
     def observe(self, b): return Evidence.of(b, self.lam == "auto")
 
     def forward(self, e, G, mask=None):
-        if self.lam == "auto": return e.evenness[..., None, None]*G
+        if self.lam == "auto": return e.bound[..., None, None]*G
         n = nonzero(e.samples)
         c = e.square.sum(-1)/n/nonzero(e.entries/n - 1) + damping(self.lam, e)[0]
         return G/c[..., None, None]

@@ -51,18 +51,18 @@ class Evidence(NamedTuple):
     samples: Float[Tensor, "*b"]|float|None = None # How many samples there are
     spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of their curvatures
     roots: Float[Tensor, "*b"]|None = None    # Square roots of their gradients' lengths
+    fourths: Float[Tensor, "*b"]|None = None  # Fourth powers of them
     total: Float[Tensor, "..."]|None = None   # Curvatures, or their diagonals
     rows: Float[Tensor, "*b M m"]|None = None # Gradients, for a Fisher
 
     @classmethod
     def of(cls, b:Batch, lengths:bool=False, **more) -> "Evidence":
-        "Sums for every direction, with `lengths` those of `evenness`, and `more`"
+        "Sums for every direction, with `lengths` those of `bound`, and `more`"
         squares = b.G.square()
         square = squares.sum(-2)
         if lengths:
             own = squares.sum(-1)
-            more["roots"] = own.pow(.25).sum(-1)
-            if "spread" not in more: more["spread"] = own.square().sum(-1)  # a Fisher's
+            more |= dict(roots=own.pow(.25).sum(-1), fourths=own.square().sum(-1))
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         return cls(square, *[float(b.G.shape[-2])]*2, **more)
 
@@ -128,10 +128,11 @@ def size(self:Evidence) -> Float[Tensor, "*b"]:
     return C.square().flatten(self.square.ndim - 1).sum(-1)
 
 @patch(as_prop=True)
-def evenness(self:Evidence) -> Float[Tensor, "*b"]:
-    "(mean √length)² of the gradients over their root mean square, at most 1"
-    length = (self.square.sum(-1)*self.samples**3).sqrt()
-    return self.roots.square()/length.clamp_min(torch.finfo(length.dtype).tiny)
+def bound(self:Evidence) -> Float[Tensor, "*b"]:
+    "Factor on lengths, at most 1: 1 if many samples make the sum, less if one explodes"
+    square, tiny = self.square.sum(-1), torch.finfo(self.square.dtype).tiny
+    even = self.roots.square()/(square*self.samples**3).sqrt().clamp_min(tiny)
+    return even**(self.fourths/square.square().clamp_min(tiny))
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):

@@ -47,7 +47,7 @@ class _Memory(nn.Module):
     def recall(self, e:Evidence) -> list[Evidence]:
         "What is remembered, on the device of new evidence and of its kind"
         def kind(e):
-            sums = e.square, e.spread, e.total, e.rows
+            sums = e.square, e.fourths, e.spread, e.total, e.rows
             return [None if x is None else (x.ndim, *x.shape[-1:]) for x in sums]
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
             "memory: expected evidence like that remembered, dimensions and outputs "

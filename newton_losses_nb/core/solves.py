@@ -49,13 +49,13 @@ def auto_damping(
     lift=0.,                  # What is added to λ for negative eigenvalues
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ by Ledoit and Wolf, and the factor that gives a direction its length"
-    N = e.samples
-    noise = (N*e.spread/total - 1.)/(N - 1.)     # β²/‖C‖², where δ²/‖C‖² = 1 − even
+    N, spread = e.samples, e.fourths if e.spread is None else e.spread
+    noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
     ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
     lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
     length = mu + lam if power == 1 else (mu + lam)**power
-    return lam, (e.evenness*length)[..., None, None]
+    return lam, (e.bound*length)[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #544d4c60
 def damping(

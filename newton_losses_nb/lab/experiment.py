@@ -41,7 +41,7 @@ def first_rule(
     size = torch.maximum(eigenvalues.abs().mean(-1), square.sqrt())/10
     return lift + size.clamp_min(torch.finfo(square.dtype).tiny)
 
-RULES = {"shrinkage": "auto", "auto": first_rule} # λ by a name in a configuration
+RULES = {"ledoit_wolf": "auto", "auto": first_rule} # λ by a name in a configuration
 
 def directions(
     lam:float|str|Callable|None=None, # Damping λ, or a key of `RULES`
