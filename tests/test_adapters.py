@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import newton_losses_nb
 from newton_losses_nb import (
-    FenchelYoungLoss, Hessian, Krylov, NewtonLoss, Noise, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
+    FenchelYoungLoss, Hessian, Krylov, NewtonLoss, OutputLoss, Noise, PerSample, SmoothedLoss, SortingLoss, check_loss, neural_sort, soft_sort, sorting_network,
     true_permutation)
 from newton_losses_nb.core.adapters import per_sample, permutation_loss
 from newton_losses_nb.core.check import QUESTIONS
@@ -388,3 +388,33 @@ def test_size():
     "A large batch, and many outputs, in seconds"
     for n, m in ((10_000, 10), (64, 3000)):
         assert check_loss(square, *batch(n, m)).ok
+
+# ---------------------------------------------------------------- what newcomers met
+
+def test_learned_samples_are_no_explosion():
+    "A loss that saturates: most gradients are tiny, so the others are long beside them"
+    torch.manual_seed(0)
+    y, c = 16*torch.randn(64, 5), torch.rand(64, 5)
+    report = check_loss(lambda y, c: (y.softmax(1)*c).sum(1) - c.amin(1), y, c)
+    assert report.make is OutputLoss and "explodes" not in repr(report)
+
+@pytest.mark.parametrize("unit", [1e-4, 1e2, 1e6])
+def test_advice_has_no_unit(unit):
+    torch.manual_seed(1)
+    turn, sizes = torch.linalg.qr(torch.randn(4, 4))[0], torch.logspace(1, -1, 4)
+    t, y = (torch.randn(200, 4)*sizes) @ turn.T, .1*torch.randn(200, 4)
+    def units(y, t): return (((y - t) @ turn.to(y))/sizes.to(y)).square().sum(1)/2
+    a, b = check_loss(units, y, t), check_loss(lambda y, t: units(y/unit, t), unit*y, t)
+    assert a.make is b.make is NewtonLoss
+    assert a["Newton direction"].value == pytest.approx(b["Newton direction"].value, rel=1e-4)
+
+def test_each_method_has_its_own_number():
+    torch.manual_seed(0)
+    y, t, q = .1*torch.randn(64, 5), torch.randn(64, 1), torch.tensor([.05, .25, .5, .75, .95])
+    report = check_loss(lambda y, t: torch.maximum(q.to(y)*(t - y), (q.to(y) - 1)*(t - y)).sum(1), y, t)
+    _, _, newton, whitened = report["Newton direction"].value
+    assert newton < whitened and report.why.index(f"{newton:.2f}") < report.why.index(f"{whitened:.2f} times")
+
+def test_one_output_is_a_rescaling():
+    y, t = torch.randn(2, 40, 1)
+    assert "rescaling" in check_loss(lambda y, t: (y - t).square().sum(1), y, t).why

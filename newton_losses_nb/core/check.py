@@ -490,7 +490,7 @@ def check_loss(
     y:Float[Tensor, "N m"], # Outputs to judge it at; best a real batch
     *args,                  # Further arguments of the loss
 ) -> LossReport:            # Findings, and what to train with
-    "Judge a per-sample loss before training with it, or in the midst of it"
+    "Judge a per-sample loss, best before training with it"
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     check_outputs(y)
