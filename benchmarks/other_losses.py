@@ -1,0 +1,187 @@
+"""Ten losses that had no part in finding the rule for λ: the default beside the plain loss.
+
+    python benchmarks/other_losses.py --out nbs/results/other_losses_cpu/runs.jsonl
+
+Each method trains a small network with Adam at the learning rate that suits the plain loss, the
+same seeds, data and first weights. Recorded is the mean loss on new data. What is in the file
+already is not run again.
+"""
+import argparse
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+from tqdm import tqdm
+
+from newton_losses_nb import Fisher, OutputLoss, Whiten
+from newton_losses_nb.lab.records import environment
+
+STEPS, BATCH, TEST, SEEDS = 250, 64, 1500, range(10)
+
+class Before(Fisher):
+    "The Fisher with the length it had before: shorter wherever lengths are uneven"
+    quick = None
+    def forward(self, e, G, mask=None):
+        even = e.bound**(e.square.sum(-1).square()/e.fourths)
+        return super().forward(e, G, mask)/e.bound*even
+
+METHODS = {"plain": lambda f: OutputLoss(f), "default": lambda f: OutputLoss(f, Fisher()),
+           "default, length before": lambda f: OutputLoss(f, Before()),
+           "whiten": lambda f: OutputLoss(f, Whiten())}
+
+# ---------------------------------------------------------------- losses and their data
+
+class Problem(NamedTuple):
+    "A loss, the network's layers, its learning rate, and batches of inputs and arguments"
+    loss: object
+    layers: tuple
+    lr: float
+    draw: object                      # (n, generator, test?) -> x, arguments
+
+PROBLEMS = {}
+def seeded(seed): return torch.Generator().manual_seed(seed)
+def turn(m, seed): return torch.linalg.qr(torch.randn(m, m, generator=seeded(seed)))[0]
+
+def features(x):
+    a, b, c = x.unbind(-1)
+    return torch.stack([(2*a + b).sin(), (2*b).cos()*c, a*c - b, (2*c).tanh() + a*a], -1)
+
+def problem(name, layers, lr, target):
+    "Register a loss whose arguments are made from the features of random inputs"
+    def draw(n, g, test):
+        x = 2*torch.rand(n, 3, generator=g) - 1
+        return x, target(features(x), g, test)
+    return lambda loss: PROBLEMS.setdefault(name, Problem(loss, layers, lr, draw))
+
+TURN, UNITS = turn(3, 5), torch.tensor([1., 1e3, 1e-4])
+@problem("units 1, 1000, 1e-4", (3, 48, 48, 3), .03, lambda f, g, test: (f[:, :3]*UNITS @ TURN.T,))
+def units(y, t): return (((y - t) @ TURN.to(y))/UNITS.to(y)).square().sum(1)/2
+
+CHAIN = torch.tensor([[1., 0, 0, 0], [8, 1, 0, 0], [0, -20, 1, 0], [3, 0, 50, 1]])
+@problem("chain, Huber", (3, 48, 48, 4), .01, lambda f, g, test: (f,))
+def chain(y, t):
+    y, t = (x @ CHAIN.to(y).T for x in (y, t))
+    return F.huber_loss(y, t, reduction="none").sum(1)
+
+FLAT, WEIGHTS = turn(4, 9), torch.tensor([10., 3., .5, .1])
+def noisy(f, g, test):
+    noise = torch.tensor([0., 0., 1., 8.])*torch.randn(f.shape, generator=g)
+    return (f + (0 if test else noise)) @ FLAT.T,
+@problem("flat outputs are noise", (3, 48, 48, 4), .01, noisy)
+def mahalanobis(y, t): return (((y - t) @ FLAT.to(y))*WEIGHTS.to(y)).square().sum(1)/2
+
+EXPOSURE = torch.tensor([.2, 10., 500.])
+@problem("Poisson", (3, 48, 48, 3), .03,
+         lambda f, g, test: (torch.poisson(EXPOSURE*(.7*f[:, :3]).exp(), generator=g),))
+def poisson(y, k): return (EXPOSURE.to(y)*y.exp() - k*y).sum(1)
+
+LEVELS = torch.tensor([.05, .25, .5, .75, .95])
+@problem("quantiles", (3, 48, 48, 5), .03, lambda f, g, test: (
+    (f[:, 0] + f[:, 1].exp()*.5*torch.randn(len(f), generator=g))[:, None],))
+def pinball(y, t): return torch.maximum(LEVELS.to(y)*(t - y), (LEVELS.to(y) - 1)*(t - y)).sum(1)
+
+def spread(f, g, test):
+    noise = (f[:, 2:] - 1).exp()*torch.randn(len(f), 2, generator=g)
+    return f[:, :2]*torch.tensor([1., 30.]) + torch.tensor([1., 3.])*noise,
+@problem("mean and variance", (3, 48, 48, 4), .03, spread)
+def likelihood(y, t):
+    mean, log = y.chunk(2, 1)
+    return (.5*log + .5*(t - mean)**2*(-log).exp()).sum(1)
+
+WAYS = torch.cartesian_prod(*[torch.arange(3)]*4)
+WAYS = F.one_hot(WAYS[(WAYS.diff(dim=1).abs() < 2).all(1)], 3).flatten(1).float()
+COSTS = torch.randn(4, 12, generator=seeded(3))
+@problem("soft shortest path", (3, 48, 48, 12), .03, lambda f, g, test: (
+    F.softplus(f @ COSTS + .3*torch.randn(len(f), 12, generator=g)),))
+def expected_cost(y, c):
+    y, c = (x @ WAYS.to(y).T for x in (y, c))
+    return ((-y/.3).softmax(1)*c).sum(1) - c.amin(1)
+
+def risk(f, g):
+    time = torch.empty(f.shape).exponential_(1, generator=g)/f.exp()
+    censored = torch.empty(f.shape).exponential_(.5, generator=g)
+    return torch.minimum(time, censored), (time < censored).float()
+def draw_sets(n, g, test):
+    x = 2*torch.rand(n, 8, 3, generator=g) - 1
+    return x, risk(features(x).sum(-1), g)
+def cox(y, t, event):
+    order = t.argsort(1)
+    y, event = y.gather(1, order), event.gather(1, order)
+    return ((y.flip(1).logcumsumexp(1).flip(1) - y)*event).sum(1)
+PROBLEMS["Cox, sets of 8"] = Problem(cox, (3, 32, 32, 1), .03, draw_sets)
+
+digits = load_digits()
+mixed = torch.randperm(len(digits.data), generator=seeded(1))
+IMAGES, LABELS = (torch.tensor(digits.data/16).float()[mixed], torch.tensor(digits.target)[mixed])
+def draw_digits(n, g, test):
+    i = torch.arange(1000, len(LABELS)) if test else torch.randint(0, 1000, (n,), generator=g)
+    return IMAGES[i], (LABELS[i],)
+PROBLEMS["cross-entropy, digits"] = Problem(partial(F.cross_entropy, reduction="none"),
+                                            (64, 64, 10), .03, draw_digits)
+
+people = load_diabetes()
+mixed = torch.randperm(len(people.data), generator=seeded(2))
+BODY, DISEASE = (torch.tensor(o[mixed.numpy()]).float() for o in (people.data*20, people.target/100))
+def draw_people(n, g, test):
+    low, high = (300, len(BODY)) if test else (0, 300)
+    i = torch.stack([low + torch.randperm(high - low, generator=g)[:6] for _ in range(n)])
+    return BODY[i], (DISEASE[i],)
+def pairs(y, t):
+    worse = (t[:, :, None] > t[:, None]).to(y)
+    return (F.softplus(y[:, None] - y[:, :, None])*worse).sum((1, 2))
+PROBLEMS["ranking, diabetes"] = Problem(pairs, (10, 32, 1), .01, draw_people)
+
+# ---------------------------------------------------------------- training
+
+def network(layers):
+    pairs = [(nn.Linear(a, b), nn.Tanh()) for a, b in zip(layers, layers[1:])]
+    return nn.Sequential(*[o for pair in pairs for o in pair][:-1])
+
+def outputs(net, x):
+    y = net(x)
+    return y.squeeze(-1) if x.ndim == 3 else y
+
+def run(problem, method, seed):
+    "Mean loss on new data after training, and the mean cosine to the gradient"
+    torch.manual_seed(seed)
+    net, g, cosine = network(problem.layers), seeded(seed), 0.
+    loss = METHODS[method](problem.loss)
+    adam = torch.optim.Adam(net.parameters(), problem.lr)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
+    for _ in range(STEPS):
+        x, args = problem.draw(BATCH, g, False)
+        adam.zero_grad()
+        loss(outputs(net, x), *args).backward()
+        adam.step(); rate.step()
+        cosine += loss.cosine/STEPS
+    x, args = problem.draw(TEST, seeded(424242), True)
+    with torch.no_grad():
+        wide = [a.double() if a.is_floating_point() else a for a in args]
+        value = float(problem.loss(outputs(net, x).double(), *wide).mean())
+    return value if math.isfinite(value) else math.inf, cosine
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", required=True, type=Path, help="file of results, one run a line")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = a.out.read_text().splitlines() if a.out.exists() else []
+    done = {(r["loss"], r["method"], r["seed"]) for r in map(json.loads, lines)}
+    todo = [(n, m, s) for n in PROBLEMS for m in METHODS for s in SEEDS if (n, m, s) not in done]
+    about = environment("cpu")
+    about.pop("command")
+    with a.out.open("a") as file:
+        for name, method, seed in tqdm(todo):
+            value, cosine = run(PROBLEMS[name], method, seed)
+            record = dict(loss=name, method=method, seed=seed, value=value, cosine=cosine, **about)
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+if __name__ == "__main__": main()
