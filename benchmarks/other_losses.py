@@ -3,8 +3,8 @@
     python benchmarks/other_losses.py --out nbs/results/other_losses_cpu/runs.jsonl
 
 Each method trains a small network with Adam at the learning rate that suits the plain loss, the
-same seeds, data and first weights. Recorded is the mean loss on new data. What is in the file
-already is not run again.
+same seeds, data and first weights. Recorded are the mean loss on new data, and what `check_loss`
+advises on the first outputs. What is in the file already is not run again.
 """
 import argparse
 import json
@@ -19,7 +19,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 from tqdm import tqdm
 
-from newton_losses_nb import Fisher, OutputLoss, Whiten
+from newton_losses_nb import Fisher, OutputLoss, Whiten, check_loss
 from newton_losses_nb.lab.records import environment
 
 STEPS, BATCH, TEST, SEEDS = 250, 64, 1500, range(10)
@@ -166,6 +166,12 @@ def run(problem, method, seed):
         value = float(problem.loss(outputs(net, x).double(), *wide).mean())
     return value if math.isfinite(value) else math.inf, cosine
 
+def advice(problem, seed):
+    "The line that `check_loss` recommends on the first batch"
+    torch.manual_seed(seed)
+    x, args = problem.draw(BATCH, seeded(seed), False)
+    return check_loss(problem.loss, outputs(network(problem.layers), x).detach(), *args).line
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", required=True, type=Path, help="file of results, one run a line")
@@ -174,13 +180,16 @@ def main():
     a.out.parent.mkdir(parents=True, exist_ok=True)
     lines = a.out.read_text().splitlines() if a.out.exists() else []
     done = {(r["loss"], r["method"], r["seed"]) for r in map(json.loads, lines)}
-    todo = [(n, m, s) for n in PROBLEMS for m in METHODS for s in SEEDS if (n, m, s) not in done]
+    todo = [(n, m, s) for n in PROBLEMS for m in (*METHODS, "advice") for s in SEEDS
+            if (n, m, s) not in done]
     about = environment("cpu")
     about.pop("command")
     with a.out.open("a") as file:
         for name, method, seed in tqdm(todo):
-            value, cosine = run(PROBLEMS[name], method, seed)
-            record = dict(loss=name, method=method, seed=seed, value=value, cosine=cosine, **about)
+            record = dict(loss=name, method=method, seed=seed)
+            if method == "advice": record["line"] = advice(PROBLEMS[name], seed)
+            else: record |= zip(("value", "cosine"), run(PROBLEMS[name], method, seed))
+            record |= about
             file.write(json.dumps(record) + "\n")
             file.flush()
 

@@ -7,7 +7,7 @@ import torch
 from reference import ce, close, data, run
 
 from newton_losses_nb import (
-    Clip, DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss,
+    Clip, DiagonalFisher, DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss,
     PerSample, Remembering, SortingLoss, Whiten, Window, check_loss, inject_fisher, shortest_path)
 from newton_losses_nb.core.evidence import Batch
 from newton_losses_nb.paths.fenchel_young import Noise
