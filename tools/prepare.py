@@ -20,7 +20,7 @@ def readme():
     front, body = yaml.safe_load(front), re.sub(r'<!-- WARNING.*?-->', '', body)
     fence = r'^```(\w*)\n(.*?)^```$'
     body = re.sub(fence, lambda m: f'```{m[1] or "python"}\n{m[2]}```', body, flags=re.M | re.S)
-    body = re.sub(r'\]\((?=images/|[\w/]+\.ipynb\))', '](nbs/', body)                 # pictures, notebooks
+    body = re.sub(r'\]\((?=images/|[\w/]+\.ipynb[)#])', '](nbs/', body)                 # pictures, notebooks
     body = re.sub(r'\n{3,}', '\n\n', body).strip()
     note = '<!-- Made from nbs/index.ipynb by tools/prepare.py: edit there -->'
     head = f'# {front["title"]}\n\n> {front["description"].strip()}'
