@@ -67,7 +67,8 @@ class Study:
         self.same = dict(n=10, batch=100, network=a.network, device=a.device)
         name = "hard_" + f"{a.network}_"*(a.network != "small") + a.device
         self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "")}
-        self.found = {k: {r["key"]: r for r in read_runs(f)} if any(o.stat().st_size for o in f.glob("*.jsonl")) else {}
+        some = lambda f: any(o.stat().st_size for o in f.glob("*.jsonl"))
+        self.found = {k: {r["key"]: r for r in read_runs(f)} if some(f) else {}
                       for k, f in folders.items()}
 
     def tasks(self, relaxation, method, seeds, steps, tau=.1, loss="bce_clamped", **setting):

@@ -132,7 +132,8 @@ def bound(self:Evidence) -> Float[Tensor, "*b"]:
     "Factor on lengths, at most 1: 1 if many samples make the sum, less if one explodes"
     square, tiny = self.square.sum(-1), torch.finfo(self.square.dtype).tiny
     even = self.roots.square()/(square*self.samples**3).sqrt().clamp_min(tiny)
-    return even**(self.fourths/square.square().clamp_min(tiny))
+    few = self.fourths/square.square().clamp_min(tiny)   # NaN: too large for a square
+    return even**few.nan_to_num(1.)
 
 # %% ../../nbs/core/02_evidence.ipynb #fcef831c
 class SingularError(ValueError):
