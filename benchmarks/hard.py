@@ -2,6 +2,7 @@
 
     python benchmarks/hard.py list --data-dir mnist    what is finished, and what is to do
     python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order
+    python benchmarks/hard.py map --data-dir mnist     where the plain loss fails: untuned, two seeds
 
 Every method has five trials on two seeds that are used for nothing else, and takes the one with
 the best mean validation match; then the reported seeds. A group of seeds is recorded when it
@@ -9,7 +10,7 @@ ends: stop it at any time, and the same command goes on there. The folder's name
 names a run. `--shrink 1000 --out FOLDER` is a dry run.
 """
 import argparse
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 from newton_losses_nb.lab.data import load_digits
@@ -19,7 +20,7 @@ from newton_losses_nb.lab.tasks import SortingTask, sorting_config
 
 RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
 RELAXATIONS = "soft_sort", "neural_sort"
-TUNING, REPORTED, MORE = (1000, 1001), range(5), range(5, 10)  # Seeds
+TUNING, REPORTED, MORE, MAP = (1000, 1001), range(5), range(5, 10), (2000, 2001)  # Seeds
 TRIAL, SHORT, LONG = 3000, 6000, 20000  # Steps
 RATES = [dict(lr=o) for o in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
 def lams(*values): return [dict(lr=1e-3, lam=o) for o in values]
@@ -57,6 +58,15 @@ def queue():
         for m in FIRST[r]: yield r, m, LONG, MORE, {}
         yield r, "none", LONG, MORE, bce
 
+def cells():
+    "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
+    arms = ("none", {}), ("none", dict(loss="bce")), ("default", dict(lam="ledoit_wolf")), (
+        "clip", dict(max_norm=.3))
+    sharp = dict.fromkeys(RELAXATIONS, ("tau", (.01, .1, 1.)))
+    sharp |= dict.fromkeys(("logistic", "cauchy"), ("steepness", (10., 100., 1000.)))
+    for (method, more), n, (relaxation, (name, values)) in product(arms, (10, 5), sharp.items()):
+        for v in values: yield relaxation, method, more | dict(n=n, lr=1e-3) | {name: v}
+
 class Missing(Exception):
     "A trial is not finished, so its method has chosen nothing yet"
 
@@ -66,7 +76,7 @@ class Study:
         self.a, self.digits = a, load_digits(data_dir=a.data_dir) if a.data_dir else load_digits()
         self.same = dict(n=10, batch=100, network=a.network, device=a.device)
         name = "hard_" + f"{a.network}_"*(a.network != "small") + a.device
-        self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "")}
+        self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "", "_map")}
         some = lambda f: any(o.stat().st_size for o in f.glob("*.jsonl"))
         self.found = {k: {r["key"]: r for r in read_runs(f)} if some(f) else {}
                       for k, f in folders.items()}
@@ -82,7 +92,7 @@ class Study:
     def records(self, kind, tasks):
         "The records of tasks that differ in the seed; `list` makes none"
         found, left = self.found[kind], [t for t in tasks if t.key not in self.found[kind]]
-        if left and self.a.verb == "run":
+        if left and self.a.verb != "list":
             name = left[0].config["relaxation"]
             made = run_all(left, self.folders[kind], name, engine=seeds_together)
             found |= {r["key"]: r for r in made}
@@ -113,14 +123,23 @@ class Study:
             except Missing:
                 print(name, "trials to do"); continue
             tasks = self.tasks(relaxation, method, seeds, steps, **(setting | more))
-            records = self.records("", tasks)
-            match = " ".join(f"{100*r['result']['exact_match']:.1f}" if r["result"] else "failed"
-                             for r in records)
-            print(name, setting, f"{len(records)} of {len(tasks)} runs", match, flush=True)
+            self.show(f"{name} {setting}", tasks, self.records("", tasks))
+
+    def go_over(self):
+        "Make the cells of the map"
+        for relaxation, method, setting in islice(cells(), self.a.rows):
+            tasks = self.tasks(relaxation, method, MAP, TRIAL, **setting)
+            self.show(f"{relaxation} {method} {setting}", tasks, self.records("_map", tasks))
+
+    @staticmethod
+    def show(name, tasks, records):
+        match = " ".join(f"{100*r['result']['exact_match']:.1f}" if r["result"] else "failed"
+                         for r in records)
+        print(name, f"{len(records)} of {len(tasks)} runs", match, flush=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("verb", choices=("list", "run"))
+    p.add_argument("verb", choices=("list", "run", "map"))
     p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
     p.add_argument("--out", default=RESULTS, help="where the folders of results are")
     p.add_argument("--network", default="small"); p.add_argument("--device", default="cpu")
@@ -128,6 +147,7 @@ def main():
     p.add_argument("--rows", type=int, help="only the first rows of the queue")
     a = p.parse_args()
     if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
-    Study(a).go_through()
+    study = Study(a)
+    study.go_over() if a.verb == "map" else study.go_through()
 
 if __name__ == "__main__": main()
