@@ -77,38 +77,40 @@ def serve(site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f'http://127.0.0.1:{server.server_port}'
 
-def check_page(tab, url, name, title, width):
+def check_page(tab, url, name, title):
     tab.on('console', lambda m: report(name, f'console: {m.text}') if m.type == 'error' else None)
     tab.on('pageerror', lambda e: report(name, f'script: {e}'))
     tab.on('response', lambda r: report(name, f'{r.status} for {r.url}') if r.status >= 400 else None)
     tab.emulate_media(color_scheme='light')
     tab.goto(f'{url}/{name}')
-    light, seen = tab.evaluate(background), tab.evaluate(look)
+    light, seen = tab.evaluate(background), {}
+    for width, height in ((390, 844), (1280, 900)):
+        tab.set_viewport_size(dict(width=width, height=height))
+        seen[width] = tab.evaluate(look)
     tab.emulate_media(color_scheme='dark')
     for _ in range(40):                         # a script of the page changes the theme
         if brightness(dark := tab.evaluate(background)) < 60: break
         tab.wait_for_timeout(50)
-    if seen['title'] != title: report(name, f'its title is {seen["title"]!r}, the notebook says {title!r}')
+    if seen[1280]['title'] != title: report(name, f'its title is {seen[1280]["title"]!r}, the notebook says {title!r}')
     if not brightness(light) > 200 or not brightness(dark) < 60:
         report(name, f'background {light} in the light theme, {dark} in the dark one')
-    if seen['scroll'] > 1: report(name, f'{width} px: the page is {seen["scroll"]} px too wide')
-    for key, what in (('out', 'sticks out'), ('small', 'text below 12 px'), ('broken', 'picture does not load')):
-        for s in seen[key]: report(name, f'{width} px: {what}: {s}')
+    for width, found in seen.items():
+        if found['scroll'] > 1: report(name, f'{width} px: the page is {found["scroll"]} px too wide')
+        for key, what in (('out', 'sticks out'), ('small', 'text below 12 px'), ('broken', 'picture does not load')):
+            for s in found[key]: report(name, f'{width} px: {what}: {s}')
 
 def check_browser(site, pages):
     from playwright.sync_api import sync_playwright
     url, badge = serve(site), '<svg xmlns="http://www.w3.org/2000/svg" width="117" height="20"/>'
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium(), args=['--no-sandbox', '--disable-gpu'])
-        for width, height in ((1280, 900), (390, 844)):
-            context = browser.new_context(viewport=dict(width=width, height=height))
-            context.route(re.compile(r'^https?://(?!127\.0\.0\.1)'),
-                          lambda r: r.fulfill(status=200, content_type='image/svg+xml', body=badge))
-            for name, title in pages.items():
-                tab = context.new_page()
-                check_page(tab, url, name, title, width)
-                tab.close()
-            context.close()
+        context = browser.new_context()
+        context.route(re.compile(r'^https?://(?!127\.0\.0\.1)'),
+                      lambda r: r.fulfill(status=200, content_type='image/svg+xml', body=badge))
+        for name, title in pages.items():
+            tab = context.new_page()
+            check_page(tab, url, name, title)
+            tab.close()
         browser.close()
 
 def main(site='_docs'):
