@@ -116,10 +116,8 @@ def _load_dir(folder, source=None):
     return parts | {'test': Digits(x_test, t_test.long(), source)}
 
 # %% ../../nbs/lab/00_data.ipynb #b1680eb6
-def cache_dir(
-    folder:str|Path|None=None, # A directory; None: the operating system's cache
-) -> Path:                     # The directory, which need not exist
-    "Where downloads are kept"
+def cache_dir(folder:str|Path|None=None) -> Path: # Need not exist
+    "Where downloads are kept: a folder, or the operating system's cache"
     if folder is None: folder = need('pooch').os_cache('newton_losses_nb')
     return Path(folder).expanduser()
 
@@ -206,5 +204,4 @@ def draw(
 ) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
     "Draw new sets: images in [0, 1], and the numbers they show"
     if isinstance(generator, int): generator = torch.Generator().manual_seed(generator)
-    index = self.draw_index(n_sets, generator)
-    return self.assemble(index.to(self.device, non_blocking=True))
+    return self.assemble(self.draw_index(n_sets, generator).to(self.device))

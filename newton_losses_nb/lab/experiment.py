@@ -24,6 +24,7 @@ from ..core.evidence import SingularError
 from ..core.directions import (
     Clip, Direction, Fisher, Hessian, Normalize, Scalar, Whiten)
 from ..core.newton import OutputLoss
+from ..core.solves import choice, number, positive as above_zero
 from .records import append_run, environment, open_results, run_key
 from ..paths.fenchel_young import draw_noise
 
@@ -64,36 +65,27 @@ METHODS = directions() # The methods by name, with default settings
 def one_of(*known): # The values that are allowed
     "Check for one of some values"
     values = {str(v): v for v in known}
-    def check(name, v):
-        if str(v) in values: return values[str(v)]
-        raise ValueError(f"{name}: expected one of {', '.join(values)}, got {v!r}")
+    def check(name, v): return values[choice(name, str(v), values)]
     check.known = known
     return check
 
-def _number(kind, v):
+def _value(v):
     "Text as a number, if it is one"
-    with contextlib.suppress(ValueError):
-        if isinstance(v, str): return kind(v)
-    return v
+    try: return float(v) if isinstance(v, str) else v
+    except ValueError: return v
 
 def whole(low:int): # Smallest value
     "Check for a whole number"
-    def check(name, v):
-        v = _number(int, v)
-        if isinstance(v, int) and v >= low: return v
-        raise ValueError(f"{name}: expected a whole number, at least {low}, got {v!r}")
-    return check
+    return lambda name, v: number(name, _value(v), low, whole=True)
 
 def positive(name, v):
     "Check that the setting `name` has a positive number `v`"
-    v = _number(float, v)
-    if isinstance(v, (int, float)) and 0 < v < math.inf: return v
-    raise ValueError(f"{name}: expected a positive number, got {v!r}")
+    above_zero(name, _value(v))
+    return _value(v)
 
 def damping_or_rule(name, v):
     "Check λ, the value `v` of `name`: a number, the name of a rule, or a function"
-    number = _number(float, v)
-    if not isinstance(number, str) or v in (*RULES, STORED): return number
+    if not isinstance(_value(v), str) or v in (*RULES, STORED): return _value(v)
     raise ValueError(f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
 
 # %% ../../nbs/lab/03_experiment.ipynb #13a8e0b1
@@ -115,6 +107,7 @@ entry = functools.partial(setting, always=True) # A setting in every configurati
 class Settings:
     "The settings of a benchmark; a subclass has a line for each"
     directions = staticmethod(directions) # Makes the table of methods
+    exists = staticmethod(lambda **choice: True) # Is there such a run?
     max_norm = lam = None
 
     def __post_init__(self):
@@ -126,11 +119,6 @@ class Settings:
     def complete(self, c):
         "The configuration `c` with what follows from it; unused entries become None"
         return c
-
-    @staticmethod
-    def exists(**choice):
-        "Is there such a run?"
-        return True
 
 # %% ../../nbs/lab/03_experiment.ipynb #3e3eda4a
 @patch(cls_method=True)
@@ -308,18 +296,16 @@ class _Complete(Direction):
     def __init__(self, direction):
         super().__init__()
         self.direction, self.second = direction, direction.second
-        self.parts, self.last = [], None
 
     def observe(self, b):
         "Also notes whether all samples take part"
-        self.parts.append(b.taken.all(-1))
+        self.found = b.taken.all(-1)
         return self.direction.observe(b)
 
     def forward(self, e, G, mask=None):
         "Also notes whether the directions are finite"
         D = self.direction(e, G, mask)
-        self.parts.append(D.isfinite().all(-1).all(-1))
-        self.last, self.parts = torch.stack(self.parts).all(0), []
+        self.found = self.found & D.isfinite().flatten(-2).all(-1)
         return D
 
 # %% ../../nbs/lab/03_experiment.ipynb #84f38328
@@ -330,10 +316,9 @@ class Training:
         tasks:list,             # Tasks that differ in the seed
         capture:bool|None=None, # Record the step? None: on a GPU
         forward:Callable=lambda net, x: net(x), # How to run a network (precision)
-        block:int=250,          # Steps whose data are chosen at a time, at most
     ):
         task = self.task = tasks[0]
-        self.capture, self.forward, self.block = capture, forward, block
+        self.capture, self.forward = capture, forward
         cuda = task.device.type == "cuda"
         layout = torch.channels_last if cuda else torch.preserve_format
         self.nets = [t.make_network().to(memory_format=layout) for t in tasks]
@@ -348,8 +333,7 @@ class Training:
         self.opt = task.optimizer(weights, lr=self.lr, fused=True, **adam)
         clips = isinstance(task.direction, ClipParameters)
         self.max_norm = task.direction.max_norm if clips else math.inf
-        self.streams, self.ahead = [t.indices() for t in tasks], torch.empty(0)
-        self.call, self.done = None, 0
+        self.streams, self.call, self.done = [t.indices() for t in tasks], None, 0
 
 # %% ../../nbs/lab/03_experiment.ipynb #7dd3f030
 @patch
@@ -366,46 +350,34 @@ def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"
     clip = lambda net: nn.utils.clip_grad_norm_(net.parameters(), self.max_norm)
     norms = torch.stack([clip(net) for net in self.nets])
     self.opt.step()
-    value = value.detach().masked_fill(~self.complete.last, torch.nan)
     G, D = (x.flatten(1) for x in self.loss.sent)
     cosine = torch.cosine_similarity(D, G, 1, 1e-300)
+    value = value.detach().where(self.complete.found, torch.nan)
     return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
 
 # %% ../../nbs/lab/03_experiment.ipynb #532c7833
 @patch
 def train(self:Training, steps:int) -> Float[Tensor, "steps 3 K"]:
     "What `step` returns of the next steps; the only wait is at the end"
-    logs = []
-    while steps:
-        if not len(self.ahead): self.ahead = self._draw()
-        block, self.ahead = self.ahead[:steps], self.ahead[steps:]
-        logs.append(self._run(block))
-        steps, more = steps - len(block), self.done < self.task.config["steps"]
-        if more and not len(self.ahead): self.ahead = self._draw()
-    return torch.cat(logs).cpu()
-
-@patch
-def _run(self:Training, block):
-    generators = [n.generator for n in self.noises if n.generator]
-    if not self.call:
-        self.call = CapturedStep(self.step, [block[0]], generators, self.capture)
-    shape = len(block), 3, len(self.nets)
-    log = torch.empty(shape, dtype=self.task.dtype, device=block.device)
-    for index, row in zip(block, log):
+    how = dict(dtype=self.task.dtype, device=self.task.device)
+    log = torch.empty(steps, 3, len(self.nets), **how)
+    for row in log:
+        index = self.draw()
+        if not self.call:
+            generators = [n.generator for n in self.noises if n.generator]
+            self.call = CapturedStep(self.step, [index], generators, self.capture)
         if drops := list(self.task.milestones).count(self.done):
             self.lr.mul_(0.1**drops)
         row.copy_(self.call(index))
         self.done += 1
-    return log
+    return log.cpu()
 
 @patch
-def _draw(self:Training):
-    "Choose data for the next steps, up to the next evaluation, and send them off"
-    every = self.task.config["eval_every"]
-    some = range(min(self.block, every - self.done % every))
-    block = torch.stack([torch.stack([next(s) for s in self.streams]) for _ in some])
-    if self.task.device.type != "cuda": return block
-    return block.pin_memory().to(self.task.device, non_blocking=True)
+def draw(self:Training) -> Int64[Tensor, "K N *item"]:
+    "Choose the samples of the next step, and send their numbers off"
+    index = torch.stack([next(s) for s in self.streams])
+    if self.task.device.type != "cuda": return index
+    return index.pin_memory().to(self.task.device, non_blocking=True)
 
 # %% ../../nbs/lab/03_experiment.ipynb #f5b5c748
 FAILURES = ( # Errors that end a run
@@ -506,10 +478,8 @@ def records_of(
              "seconds": seconds, "finished": now} for r in runs]
 
 # %% ../../nbs/lab/03_experiment.ipynb #56904e5c
-def run_title(
-    c:dict, # Configuration
-) -> str:   # Relaxation or loss, and method
-    "A short name for the runs that differ in the seed"
+def run_title(c:dict) -> str: # Relaxation or loss, and method
+    "A short name for the runs of configuration `c`, which differ in the seed"
     return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
 
 def seeds_together(
