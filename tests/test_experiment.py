@@ -7,7 +7,7 @@ from reference import NeverLooks
 from tqdm.auto import tqdm
 
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import METHODS, CapturedStep, Training, fit, network_precision, one_by_one, run_all, seeds_together
+from newton_losses_nb.lab.experiment import METHODS, Training, fit, network_precision, one_by_one, run_all, seeds_together
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.tasks import PATH_LOSSES, PathTask, SortingTask, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
@@ -175,10 +175,6 @@ def test_flags_of_precision_are_put_back():
         assert flags() == (True, True, True)
         raise KeyError
     assert flags() == before
-
-def test_captured_step_on_cpu():
-    out = CapturedStep(lambda x: x*2, [torch.zeros(2)])
-    assert torch.equal(out(torch.ones(2)), torch.full((2,), 2.))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS[::3], ids=name)

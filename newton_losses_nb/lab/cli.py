@@ -25,7 +25,7 @@ from .records import environment, read_runs
 class Options(Settings):
     "Where data and results lie, and what does the runs"
     data:str = setting("sample", "sample (5,000 digits) or mnist (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with four files like MNIST's, not --data")
+    data_dir:str|None = setting(None, "Folder with the data's own files, not --data")
     out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
                                  " default: runs/ and the benchmark's name")
     engine:str = setting("together", "together (all seeds at once), local or ray",
@@ -44,7 +44,6 @@ class Options(Settings):
 class PathOptions(Options):
     "Those of path runs, whose maps are made"
     data:str = setting("terrain", "terrain (generated) or warcraft (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with the official files, not --data")
     data_seed:int = setting(0, "Seed of generated maps", whole(0))
     size:int = setting(12, "Cells on a side of a map", whole(1))
 
@@ -166,7 +165,7 @@ def benches() -> dict[str, _Bench]: # By name
         Classification, ClassificationTask, Paths, PathTask, Sorting, SortingTask)
     return {"sorting": _Bench(Sorting, SortingTask),
             "paths": _Bench(Paths, PathTask, PathOptions,
-                           ("exact_match", "cost_optimality")),
+                            ("exact_match", "cost_optimality")),
             "classification": _Bench(Classification, ClassificationTask)}
 
 # %% ../../nbs/lab/13_cli.ipynb #9b7faf16
@@ -179,7 +178,7 @@ def _pick(kind, args):
     if "method" in lists: lists["method"] = lists.pop("method")
     return {k: v for k, v in mine.items() if k not in several}, lists
 
-def _run_grid(name, args):
+def _run_grid(name, **args):
     "Run a grid, and report each metric in a folder of its own"
     bench = benches()[name]
     kind, options = bench.settings, bench.options(**_pick(bench.options, args)[0])
@@ -232,11 +231,13 @@ def _preview(tasks, out):
         print(f"  {n:4}  {title}")
 
 # %% ../../nbs/lab/13_cli.ipynb #5cee1ba9
-def _report(runs, folder, metric, out=None):
+def _report(runs, place, metric, out=None):
     "Print the table of finished runs, and write tables and pictures"
+    _need_bench()
     from newton_losses_nb.lab.report import (
         caption, conclusion, summary, to_markdown, write_report)
-    out = out or Path(folder)/"report"/("" if metric == "exact_match" else metric)
+    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    out = out or folder/"report"/("" if metric == "exact_match" else metric)
     table = summary(runs, metric)
     print(f"\n{metric}\n\n{to_markdown(table)}\n\n{conclusion(table)}\n")
     print(caption(runs, metric, width=110))
@@ -270,10 +271,7 @@ def _parser():
 def nl_bench(argv:list|None=None) -> int: # Exit code
     "Run a benchmark; `argv`: arguments, by default those of the command line"
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    def bench():
-        args = vars(_parser().parse_args(argv))
-        _run_grid(args.pop("name"), args)
-    return _call("nl_bench", bench)
+    return _call("nl_bench", lambda: _run_grid(**vars(_parser().parse_args(argv))))
 
 def nl_report(argv:list|None=None) -> int: # Exit code
     "Show results; `argv`: arguments, by default those of the command line"
@@ -284,11 +282,7 @@ def nl_report(argv:list|None=None) -> int: # Exit code
                    help="What to compare: exact_match (the default) or another")
     p.add_argument("--out", help="Folder for what is written; default: report in RUNS")
     a = p.parse_args(argv)
-    def report():
-        _need_bench()
-        runs = Path(a.runs)
-        folder = runs if runs.is_dir() else runs.parent
-        _report(read_runs(runs), folder, a.metric, a.out)
+    def report(): _report(read_runs(a.runs), a.runs, a.metric, a.out)
     return _call("nl_report", report)
 
 # %% ../../nbs/lab/13_cli.ipynb #a296af42

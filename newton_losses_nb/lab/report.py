@@ -239,9 +239,8 @@ def curve(
     x:str,      # "step", "epoch" or "seconds"
 ) -> pd.Series: # The known values of the metric, indexed by x
     "One curve of one run; empty if there is no such curve"
-    c = run["curves"]
-    index = c[x] if metric in c else []
-    return pd.Series(c.get(metric, []), index, dtype=float).dropna()
+    values = run["curves"].get(metric, [])
+    return pd.Series(values, run["curves"][x] if values else [], dtype=float).dropna()
 
 # %% ../../nbs/lab/04_report.ipynb #288d35b5
 def _mean_curve(runs, metric, x):
@@ -279,8 +278,7 @@ def _panel(ax, rows, metric, x, styles):
         if done:
             m = _mean_curve(done, metric, x)*scale
             ax.plot(m.index, m["mean"], **styles[method], zorder=3)
-            ax.fill_between(m.index, m["min"], m["max"], color=color, alpha=0.1,
-                            linewidth=0)
+            ax.fill_between(m.index, m["min"], m["max"], color=color, alpha=0.1, lw=0)
         for c in (scale*curve(r, metric, x) for r in lost):
             ax.plot(c, color=color, **_cross, zorder=4)
         if lost: failed.append(f"{method} {len(lost)}/{len(runs)}")
@@ -316,9 +314,8 @@ def plot_curves(
     handles = [Line2D([], [], label=m, **s) for m, s in styles.items()]
     if any(r["status"] == "failed" for r in g.run):
         handles.append(Line2D([], [], label="failed run", color="0.4", **_cross))
-    fig.legend(handles=handles, loc="outside lower center", frameon=False,
-               ncols=2 if max(map(len, styles)) > 24 else 5, fontsize=9,
-               title_fontsize=8.5,
+    fig.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9,
+               ncols=2 if max(map(len, styles)) > 24 else 5, title_fontsize=8.5,
                title="line: mean over the finished runs; band: lowest run to highest")
     return fig
 

@@ -86,14 +86,12 @@ _LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2} # Of Adam, for each network
 @dataclass
 class Sorting(Settings):
     "Train networks to sort numbers, by relaxation, method and seed; then report"
-    relaxation:str = entry(
-        "neural_sort", "How to sort", one_of(*SHARPNESS), option="relaxations",
-        command="neural_sort,soft_sort,logistic,cauchy")
+    relaxation:str = entry("neural_sort", "How to sort", one_of(*SHARPNESS),
+        option="relaxations", command="neural_sort,soft_sort,logistic,cauchy")
     method:str = entry("none", "What is sent back to the scores", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
     n:int = entry(5, "Images in a set", whole(2))
-    seed:int = entry(0, "Of the initial weights and of the training data", whole(0),
-                     option="seeds", command="5")
+    seed:int = entry(0, "Of weights and data", whole(0), option="seeds", command="5")
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
@@ -104,8 +102,7 @@ class Sorting(Settings):
     steepness:float|None = entry(None, "Steepness of sorting networks", positive)
     comparators:str = entry("odd_even", "Plan of sorting networks: odd_even or bitonic")
     loss:str = entry("bce", "bce, cross_entropy, or bce_clamped (that of nn.BCELoss)")
-    network:str = entry("small", "small (pooled, for a CPU) or cnn (the paper's)",
-                        one_of(*NETWORKS))
+    network:str = entry("small", "small (CPU) or cnn (the paper's)", one_of(*NETWORKS))
     device:str = entry("cpu", "cpu or cuda")
     precision:str = entry("float32", "Precision of the network", one_of(*PRECISIONS))
     eval_every:int = entry(100, "Steps between evaluations", whole(1))
@@ -216,14 +213,12 @@ class Paths(Settings):
                      option="losses", command=",".join(PATH_LOSSES[:4]))
     method:str = entry("none", "What is sent back to the costs", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
-    seed:int = entry(0, "Of the initial weights, the order of the maps and the noise",
-                     whole(0), option="seeds", command="2")
+    seed:int = entry(0, "Of weights and noise", whole(0), option="seeds", command="2")
     samples:int = entry(10, "Noisy copies of each map", whole(1), option="samples")
     sigma:float|None = entry(None, "Size of the noise; default: by loss", positive)
     kind:str|None = entry(None, "Difference of soft paths", one_of("l2", "l1"),
                           option="kinds", command="l2")
-    loop:str = entry("for", "Loop of relaxed_bf", one_of("for", "while"),
-                     option="loops")
+    loop:str = entry("for", "relaxed_bf's loop", one_of("for", "while"), option="loops")
     beta:float = entry(3., "Inverse temperature of relaxed_bf", positive)
     t_conorm:str = entry("probabilistic", "T-conorm of relaxed_bf",
                          one_of("probabilistic", "hamacher", "yager"))
@@ -234,8 +229,7 @@ class Paths(Settings):
     lam:float|str = entry(100., "Damping λ: number, ledoit_wolf, or auto (as in 0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
-    network:str = entry("small", "small (for a CPU) or resnet18 (the original's)",
-                        one_of(*PATH_NETWORKS))
+    network:str = entry("small", "small (CPU) or resnet18", one_of(*PATH_NETWORKS))
     train:int = entry(2000, "Training maps", whole(1))
     valid:int = entry(500, "Validation maps", whole(1), command=300)
     test:int = entry(500, "Test maps", whole(1))
@@ -355,8 +349,7 @@ CLASSIFIERS = dict( # Networks by name, called with `side`
 
 # %% ../../nbs/lab/05_tasks.ipynb #9808e98a
 OPTIMIZERS = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam) # Optimisers by name
-# Learning rate of the plain loss, for each optimiser
-BASE_RATES = dict(sgd=0.3, adam=3e-3)
+BASE_RATES = dict(sgd=0.3, adam=3e-3) # Of the plain loss, for each optimiser
 
 def _first_step(method, lam, max_norm):
     "How much longer the plain loss's step is, where all digits are equally likely"
@@ -375,19 +368,15 @@ class Classification(Settings):
                           option="optimizers", command="sgd,adam")
     method:str = entry("none", "What is sent back to the scores", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms")
-    seed:int = entry(0, "Of the initial weights and of the order of the digits",
-                     whole(0), option="seeds", command="3")
-    epochs:int = entry(1, "Passes through the training digits", whole(1),
-                       option="epochs")
+    seed:int = entry(0, "Of weights and order", whole(0), option="seeds", command="3")
+    epochs:int = entry(1, "Passes through the digits", whole(1), option="epochs")
     batch:int = entry(50, "Digits in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of the plain loss", positive)
-    gain:float = entry(1., "Factor on lr for other methods than the plain loss",
-                       positive)
+    gain:float = entry(1., "Factor on lr, not for the method none", positive)
     lam:float|str = entry(.1, "Damping λ: number, ledoit_wolf or auto", damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     pool:int = entry(2, "Shrink the digits by this factor", one_of(1, 2))
-    train:int = entry(4000, "Training digits, as many as the data have", whole(1),
-                      option="")
+    train:int = entry(4000, "Training digits, all of the data", whole(1), option="")
     device:str = entry("cpu", "cpu or cuda")
     precision:str = entry("float32", "Precision of the network", one_of(*PRECISIONS))
     eval_every:int|None = entry(None, "Steps between evaluations (an epoch)", whole(1))
