@@ -135,8 +135,7 @@ def ray_engine(
         share = gpus if tasks[0].config["device"] != "cpu" else 0
         if share > ray.cluster_resources().get("GPU", 0): raise ValueError(
             "device: expected cpu, since no machine of the Ray cluster has a GPU")
-        how = dict(num_cpus=1, num_gpus=share, max_retries=3)
-        job = ray.remote(_run_job).options(**how)
+        job = ray.remote(num_cpus=1, num_gpus=share, max_retries=3)(_run_job)
         data = {id(d): ray.put(d) for d in {id(t.data): t.data for t in tasks}.values()}
         left = {job.remote(type(t), t.config, data[id(t.data)]): t for t in tasks}
         while left:
