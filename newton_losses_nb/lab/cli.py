@@ -39,7 +39,6 @@ class Options(Settings):
         "The data"
         return load_digits(self.data, self.data_dir)
 
-# %% ../../nbs/lab/13_cli.ipynb #c708e4ca
 @dataclass
 class PathOptions(Options):
     "Those of path runs, whose maps are made"

@@ -30,7 +30,7 @@ def _git_commit():
     try:
         if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
         commit = git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
-        return commit.stdout.strip()
+        return commit.stdout.strip() or None
     except (OSError, subprocess.SubprocessError): return None
 
 def _processor():

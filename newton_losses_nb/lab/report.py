@@ -139,7 +139,6 @@ def _known(text, *values):
     "A text with its values, or nothing if one of them is not known"
     return "" if any(map(pd.isna, values)) else text.format(*values)
 
-# %% ../../nbs/lab/04_report.ipynb #8798796e
 def format_table(table:pd.DataFrame) -> pd.DataFrame: # Empty where nothing is known
     "Round a table from `summary` for reading: text in every cell"
     def p_value(p): return "<0.001" if p < 0.001 else _known("{:.3f}", p)

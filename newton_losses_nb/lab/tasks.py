@@ -247,14 +247,12 @@ class Paths(Settings):
         loss, method, relaxed = self.loss, self.method, self.loss == "relaxed_bf"
         if not self.exists(loss, method): raise ValueError(
             f"method: expected no {method} with {loss}: {NO_HESSIAN[loss]}; use fisher")
-        used = dict.fromkeys(("loop", "beta", "t_conorm"), relaxed)
-        used |= dict(samples=loss in SIGMA, sigma=loss in SIGMA,
-                     interpolation=loss == "blackbox",
-                     kind=relaxed or loss == "smoothed_algorithm")
-        c |= dict(sigma=self.sigma or SIGMA.get(loss), kind=self.kind or "l2")
-        c |= {k: None for k, v in used.items() if not v}
-        c |= dict(task="paths", lr=self.lr or PATH_LEARNING_RATES[self.network])
-        c |= _by_epochs(self, "maps")
+        c |= dict(task="paths", lr=self.lr or PATH_LEARNING_RATES[self.network],
+                  sigma=self.sigma or SIGMA.get(loss), kind=self.kind or "l2")
+        used = dict(loop=relaxed, beta=relaxed, t_conorm=relaxed, sigma=loss in SIGMA,
+                    samples=loss in SIGMA, interpolation=loss == "blackbox",
+                    kind=relaxed or loss == "smoothed_algorithm")
+        c |= {k: None for k, v in used.items() if not v} | _by_epochs(self, "maps")
         path_loss_fn(c, (1, 1))
         return c
 
