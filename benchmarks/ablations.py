@@ -122,8 +122,8 @@ class AblationTask(SortingTask):
         told = index[..., digits:]
         return x, (T.gather(-2, told.expand_as(T)) if told.shape[-1] else T,)
 
-    def sets(self, split):
-        sets, sizes = super().sets(split), self.config.get("test_n", ())
+    def samples(self, split):
+        sets, sizes = super().samples(split), self.config.get("test_n", ())
         if split != "train": sets.n = max(sizes, default=sets.n)
         return sets
 

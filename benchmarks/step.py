@@ -39,8 +39,8 @@ def measured(tasks, a, capture):
     device, K = tasks[0].device, len(tasks)
     cuda = device.type == "cuda"
     with network_precision(tasks[0].config["precision"], device) as forward:
-        training = Training(tasks, capture=capture, forward=forward, block=a.steps)
-        with FlopCounterMode(display=False) as counter: training.step(training._draw()[0])
+        training = Training(tasks, capture=capture, forward=forward)
+        with FlopCounterMode(display=False) as counter: training.step(training.draw())
         if cuda: torch.cuda.reset_peak_memory_stats(device)
         training.train(a.steps)                                         # also records
         start = time.perf_counter()

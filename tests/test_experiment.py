@@ -7,7 +7,7 @@ from reference import NeverLooks
 from tqdm.auto import tqdm
 
 from newton_losses_nb.lab.data import load_digits
-from newton_losses_nb.lab.experiment import METHODS, CapturedStep, Training, fit, network_precision, one_by_one, run_all, seeds_together
+from newton_losses_nb.lab.experiment import METHODS, Training, fit, network_precision, one_by_one, run_all, seeds_together
 from newton_losses_nb.lab.records import read_runs
 from newton_losses_nb.lab.tasks import PATH_LOSSES, PathTask, SortingTask, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
@@ -77,9 +77,9 @@ def test_never_looks(make, kind):
     tasks = make(kind, **config)
     if kind == "paths": tasks[0].sweeps = 36
     training = Training(tasks)
-    first, second = training._draw()[:2]
-    training.step(first)
-    with NeverLooks(): out = training.step(second)
+    training.step(training.draw())
+    index = training.draw()
+    with NeverLooks(): out = training.step(index)
     assert out.shape == (3, 2) and out.isfinite().all()
 
 def with_sweeps(tasks, sweeps):
@@ -146,14 +146,6 @@ def test_interrupted(make, tmp_path):
     records = list(run_all(make("sorting", method="none") + make("sorting", method="clip"), tmp_path, "s", show=False, engine=seeds_together))
     assert len(read_runs(tmp_path)) == 4 and [r["config"]["method"] for r in records] == ["none"]*2 + ["clip"]*2
 
-@pytest.mark.parametrize("kind", ["sorting", "paths"])
-def test_blocks_of_data(make, kind):
-    "The numbers do not depend on how many steps' data are chosen at a time"
-    config = dict(epochs=3) if kind == "paths" else dict(steps=15)
-    same = [fit(make(kind, eval_every=4, **config), block=b) for b in (1, 3, 250)]
-    for runs in same[1:]:
-        for a, b in zip(same[0], runs): same_curves(a.curves, b.curves, 0, 0)
-
 def test_learning_rate_drops(make):
     training = Training(make("paths", epochs=2))
     assert training.task.milestones == [6, 8]
@@ -165,8 +157,8 @@ def test_batches_of_a_group_are_those_of_each(make):
     for kind in ("sorting", "paths"):
         tasks = make(kind, (3, 8), precision="float32")
         alone, training = [t.batches() for t in tasks], Training(tasks)
-        for index in training._draw():
-            x, (t,) = tasks[0].batch(index)
+        for _ in range(5):
+            x, (t,) = tasks[0].batch(training.draw())
             for k, (a, (b,)) in enumerate(map(next, alone)): assert torch.equal(x[k], a) and torch.equal(t[k], b)
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -183,10 +175,6 @@ def test_flags_of_precision_are_put_back():
         assert flags() == (True, True, True)
         raise KeyError
     assert flags() == before
-
-def test_captured_step_on_cpu():
-    out = CapturedStep(lambda x: x*2, [torch.zeros(2)])
-    assert torch.equal(out(torch.ones(2)), torch.full((2,), 2.))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS[::3], ids=name)

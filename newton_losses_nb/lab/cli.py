@@ -7,7 +7,7 @@ __all__ = ['Options', 'PathOptions', 'ray_engine', 'benches', 'nl_bench', 'nl_re
 
 # %% ../../nbs/lab/13_cli.ipynb #f1391c59
 import argparse, functools, os, re, socket, sys
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,19 +24,14 @@ from .records import environment, read_runs
 @dataclass
 class Options(Settings):
     "Where data and results lie, and what does the runs"
-    data:str = setting("sample",
-                       "sample (5,000 digits, offline) or mnist (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with four files like MNIST's, not --data")
-    threads:int|None = setting(
-        None, "CPU threads; default: one for a small network, else all", whole(1))
-    out:str|None = setting(None,
-                           "Folder of results, where what is finished is skipped; "
-                           "default: runs/ and the benchmark's name")
+    data:str = setting("sample", "sample (5,000 digits) or mnist (downloaded once)")
+    data_dir:str|None = setting(None, "Folder with the data's own files, not --data")
+    out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
+                                 " default: runs/ and the benchmark's name")
     engine:str = setting("together", "together (all seeds at once), local or ray",
                          one_of("local", "together", "ray"))
     shard:str = setting("1/1", "Part of the runs to do: 2/5 is the second of five")
-    address:str|None = setting(None, "Ray cluster: auto or host:port; default: this "
-                                     "machine")
+    address:str|None = setting(None, "Ray cluster: auto or host:port; default: here")
     gpus:float = setting(1., "Part of a GPU that a run takes with ray", positive)
     dry_run:bool = setting(False, "Only say what would run, and what of it is finished")
 
@@ -44,13 +39,10 @@ class Options(Settings):
         "The data"
         return load_digits(self.data, self.data_dir)
 
-# %% ../../nbs/lab/13_cli.ipynb #c708e4ca
 @dataclass
 class PathOptions(Options):
     "Those of path runs, whose maps are made"
-    data:str = setting("terrain",
-                       "terrain (generated, offline) or warcraft (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with the official files, not --data")
+    data:str = setting("terrain", "terrain (generated) or warcraft (downloaded once)")
     data_seed:int = setting(0, "Seed of generated maps", whole(0))
     size:int = setting(12, "Cells on a side of a map", whole(1))
 
@@ -72,13 +64,11 @@ def _seeds(text):
     return [s for a, _, b in pairs for s in range(int(a), int(b or a) + 1)]
 
 # %% ../../nbs/lab/13_cli.ipynb #305017dd
-_SEEDS = "Seeds: how many, or a list such as 0,5,10-12"
-
 def _help(f, default):
     "What an option is, with its known values and its default"
     known = [str(o) for o in getattr(f.metadata["check"], "known", ()) if o is not None]
     text = f.metadata["help"]
-    if f.name == "seed": text = f"{_SEEDS}; o{text[1:]}"
+    if f.name == "seed": text = f"How many, or a list such as 0,5,10-12; o{text[1:]}"
     elif f.metadata["option"]: text += ", with commas"
     if known and not any(o in text for o in known): text += ": " + ", ".join(known)
     return text + (f" (default: {default})" if default is not None else "")
@@ -87,14 +77,14 @@ def _add(p, kind):
     "Add an option for each setting"
     p = p.add_argument_group(kind.__name__, kind.__doc__)
     for f in fields(kind):
-        name, default = f.metadata["option"] or f.name, f.metadata["command"]
-        if f.metadata["option"] == "": continue
+        several, default = f.metadata["option"], f.metadata["command"]
+        if several == "": continue
         if default is None: default = f.default
-        flag, several = "--" + name.replace("_", "-"), f.metadata["option"]
+        flag = "--" + (several or f.name).replace("_", "-")
         if default is False:
             p.add_argument(flag, action="store_true", help=f.metadata["help"])
         else: p.add_argument(flag, dest=f.name, default=default, help=_help(f, default),
-                             metavar="A,B" if several else name[0].upper())
+                             metavar="A,B" if several else f.name[0].upper())
 
 # %% ../../nbs/lab/13_cli.ipynb #2b48ca2a
 def _shard(configs, part):
@@ -102,6 +92,8 @@ def _shard(configs, part):
     i, n = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
     if not 1 <= i <= n: raise ValueError(
         f"shard: expected i/n with i from 1 to n, such as 2/5, got {part!r}")
+    if i > len(configs): raise ValueError(
+        f"shard: expected a part with runs, got {part} of {len(configs)}")
     return configs[i - 1::n]
 
 # %% ../../nbs/lab/13_cli.ipynb #1bdbd018
@@ -142,8 +134,7 @@ def ray_engine(
         share = gpus if tasks[0].config["device"] != "cpu" else 0
         if share > ray.cluster_resources().get("GPU", 0): raise ValueError(
             "device: expected cpu, since no machine of the Ray cluster has a GPU")
-        how = dict(num_cpus=1, num_gpus=share, max_retries=3)
-        job = ray.remote(_run_job).options(**how)
+        job = ray.remote(num_cpus=1, num_gpus=share, max_retries=3)(_run_job)
         data = {id(d): ray.put(d) for d in {id(t.data): t.data for t in tasks}.values()}
         left = {job.remote(type(t), t.config, data[id(t.data)]): t for t in tasks}
         while left:
@@ -159,14 +150,9 @@ def ray_engine(
     finally: ray.shutdown()
 
 # %% ../../nbs/lab/13_cli.ipynb #e2c77982
-@dataclass
-class _Bench:
-    "A benchmark: what its runs are made of, and what is reported"
-    settings:type                    # `Settings` of its runs
-    task:type                        # `Task` that trains them
-    options:type = Options           # Further options
-    metrics:tuple = ("exact_match",) # A table for each
-
+# `Settings` and `Task` of the runs, further options, and a table for each metric
+_Bench = namedtuple("Bench", "settings task options metrics",
+                    defaults=(Options, ("exact_match",)))
 _need_bench = functools.partial(
     need, *"numpy pandas scipy matplotlib pooch tqdm mlxtend tabulate".split())
 
@@ -177,7 +163,7 @@ def benches() -> dict[str, _Bench]: # By name
         Classification, ClassificationTask, Paths, PathTask, Sorting, SortingTask)
     return {"sorting": _Bench(Sorting, SortingTask),
             "paths": _Bench(Paths, PathTask, PathOptions,
-                           ("exact_match", "cost_optimality")),
+                            ("exact_match", "cost_optimality")),
             "classification": _Bench(Classification, ClassificationTask)}
 
 # %% ../../nbs/lab/13_cli.ipynb #9b7faf16
@@ -190,7 +176,7 @@ def _pick(kind, args):
     if "method" in lists: lists["method"] = lists.pop("method")
     return {k: v for k, v in mine.items() if k not in several}, lists
 
-def _run_grid(name, args):
+def _run_grid(name, **args):
     "Run a grid, and report each metric in a folder of its own"
     bench = benches()[name]
     kind, options = bench.settings, bench.options(**_pick(bench.options, args)[0])
@@ -199,16 +185,13 @@ def _run_grid(name, args):
     unknown = {f.name: 10**9 for f in fields(kind) if f.metadata["option"] == ""}
     wanted = kind.grid(same | unknown, **lists)
     if not wanted: raise ValueError(
-        "methods: none of the runs asked for exists (relaxed_bf and blackbox have no "
-        "Hessian)")
-    if not _shard(wanted, options.shard): raise ValueError(
-        f"shard: expected a part with runs, got {options.shard} of {len(wanted)}")
+        "methods: no such run exists, since relaxed_bf and blackbox have no Hessian")
+    _shard(wanted, options.shard)
     data = options.load(wanted[0])
     sizes = {f.name: len(data[f.name]) for f in fields(kind) if f.name in data}
     mine = _shard(kind.grid(same | sizes, **lists), options.shard)
     out = options.out or f"runs/{name}"
-    large = {c["network"] for c in mine} & {"cnn", "resnet18"}
-    if options.threads or not large: torch.set_num_threads(options.threads or 1)
+    if not {c["network"] for c in mine} & {"cnn", "resnet18"}: torch.set_num_threads(1)
     tasks = [bench.task(c, data) for c in mine]
     if options.dry_run: return _preview(tasks, out)
     part = "" if options.shard == "1/1" else "-" + options.shard.replace("/", "of")
@@ -222,7 +205,7 @@ def _engine(options, device):
     "What does the runs; raise unless it can, and there is such a device"
     here = {"local": one_by_one, "together": seeds_together}.get(options.engine)
     gpus = torch.cuda.device_count()
-    known = ["cpu", *["cuda"]*bool(gpus or not here)]
+    known = ["cpu", "cuda"] if gpus or not here else ["cpu"]
     known += [f"cuda:{i}" for i in range(gpus)]
     if device not in known: raise ValueError(
         f"device: expected {' or '.join(known)}, since PyTorch finds {gpus} GPUs here, "
@@ -246,11 +229,13 @@ def _preview(tasks, out):
         print(f"  {n:4}  {title}")
 
 # %% ../../nbs/lab/13_cli.ipynb #5cee1ba9
-def _report(runs, folder, metric, out=None):
+def _report(runs, place, metric, out=None):
     "Print the table of finished runs, and write tables and pictures"
+    _need_bench()
     from newton_losses_nb.lab.report import (
         caption, conclusion, summary, to_markdown, write_report)
-    out = out or Path(folder)/"report"/("" if metric == "exact_match" else metric)
+    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    out = out or folder/"report"/("" if metric == "exact_match" else metric)
     table = summary(runs, metric)
     print(f"\n{metric}\n\n{to_markdown(table)}\n\n{conclusion(table)}\n")
     print(caption(runs, metric, width=110))
@@ -281,33 +266,21 @@ def _parser():
     return p
 
 # %% ../../nbs/lab/13_cli.ipynb #e70f13df
-def nl_bench(
-    argv:list|None=None, # Arguments; None: those of the command line
-) -> int:                # Exit code
-    "Run a benchmark: `nl_bench sorting --help` explains its options"
+def nl_bench(argv:list|None=None) -> int: # Exit code
+    "Run a benchmark; `argv`: arguments, by default those of the command line"
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    def bench():
-        args = vars(_parser().parse_args(argv))
-        _run_grid(args.pop("name"), args)
-    return _call("nl_bench", bench)
+    return _call("nl_bench", lambda: _run_grid(**vars(_parser().parse_args(argv))))
 
-def nl_report(
-    argv:list|None=None, # Arguments; None: those of the command line
-) -> int:                # Exit code
-    "Show results: `nl_report --help` explains its options"
+def nl_report(argv:list|None=None) -> int: # Exit code
+    "Show results; `argv`: arguments, by default those of the command line"
     p = argparse.ArgumentParser(
         "nl_report", description=_report.__doc__, allow_abbrev=False)
     p.add_argument("runs", help="Folder of results, or a .jsonl file")
     p.add_argument("--metric", default="exact_match",
                    help="What to compare: exact_match (the default) or another")
-    p.add_argument(
-        "--out", help="Folder for table and pictures; default: report beside the runs")
+    p.add_argument("--out", help="Folder for what is written; default: report in RUNS")
     a = p.parse_args(argv)
-    def report():
-        _need_bench()
-        runs = Path(a.runs)
-        _report(read_runs(runs), runs if runs.is_dir() else runs.parent, a.metric,
-                a.out)
+    def report(): _report(read_runs(a.runs), a.runs, a.metric, a.out)
     return _call("nl_report", report)
 
 # %% ../../nbs/lab/13_cli.ipynb #a296af42

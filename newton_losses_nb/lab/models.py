@@ -22,11 +22,8 @@ class ScoreImages(nn.Module):
         super().__init__()
         self.body, self.image_shape = body, tuple(image_shape)
 
-    def forward(
-        self,
-        x:Float[Tensor, "*sets 1 h w"], # Images in [0, 1]; any leading dimensions
-    ) -> Float[Tensor, "*sets"]:        # One score per image
-        "Scores of the images"
+    def forward(self, x:Float[Tensor, "*sets 1 h w"]) -> Float[Tensor, "*sets"]:
+        "Scores of images in [0, 1], with any leading dimensions"
         if tuple(x.shape[-3:]) != self.image_shape or not x.is_floating_point():
             wanted = ', '.join(map(str, self.image_shape))
             raise ValueError(f"expected floating-point images of shape (..., {wanted})"
@@ -57,8 +54,7 @@ def small_ranking_net() -> nn.Module: # Maps `(..., 1, 7, 28)` to `(...)`
     return ScoreImages(body, (1, 7, 28))
 
 # %% ../../nbs/lab/01_models.ipynb #9ff55c47
-# Networks and `pool`
-NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4))
+NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4)) # And `pool`
 
 # %% ../../nbs/lab/01_models.ipynb #2375d098
 def make_network(
@@ -79,10 +75,7 @@ def make_network(
 # %% ../../nbs/lab/01_models.ipynb #317fe4eb
 class BasicBlock(nn.Module):
     "Two convolutions and a shortcut (He et al. 2016)"
-    def __init__(
-        self,
-        width:int, # Channels
-    ):
+    def __init__(self, width:int): # Channels
         super().__init__()
         def conv(): return nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.conv1, self.bn1 = conv(), nn.BatchNorm2d(width)
@@ -103,11 +96,8 @@ class MapCosts(nn.Module):
         super().__init__()
         self.body, self.positive, self.unit = body, positive, unit
 
-    def forward(
-        self,
-        x:Float[Tensor, "N 3 h w"],   # Pictures, normalised by channel
-    ) -> Float[Tensor, "N h/8*w/8"]:  # Costs of the cells, row by row
-        "Costs of all cells, flat"
+    def forward(self, x:Float[Tensor, "N 3 h w"]) -> Float[Tensor, "N h/8*w/8"]:
+        "Costs of the cells, row by row, from pictures that are normalised by channel"
         shaped = x.ndim == 4 and x.shape[1] == 3 and not any(o % 8 for o in x.shape[2:])
         if not shaped or not x.is_floating_point(): raise ValueError(
             "expected floating-point pictures of shape (N, 3, h, w), h and w divisible "

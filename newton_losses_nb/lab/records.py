@@ -6,7 +6,7 @@
 __all__ = ['run_key', 'environment', 'append_run', 'read_runs', 'open_results', 'stored_results', 'own_results', 'nl_colab']
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
-import contextlib, hashlib, json, math, os, platform, shutil, subprocess, sys, warnings
+import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, warnings
 from pathlib import Path
 
 import torch
@@ -29,8 +29,8 @@ def _git_commit():
         return subprocess.run([*here, *a], capture_output=True, text=True, timeout=10)
     try:
         if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
-        dirty = git('status', '--porcelain', '--untracked-files=no').stdout.strip()
-        return git('rev-parse', 'HEAD').stdout.strip() + ('-dirty' if dirty else '')
+        commit = git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+        return commit.stdout.strip() or None
     except (OSError, subprocess.SubprocessError): return None
 
 def _processor():
@@ -54,19 +54,14 @@ def environment(
     return dict(device_name=name, versions=versions, git_commit=_git_commit(),
                 command=command)
 
-# %% ../../nbs/lab/02_records.ipynb #b834fd81
-def _plain(x):
-    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
 # %% ../../nbs/lab/02_records.ipynb #8d30f8d1
 def append_run(
     file:str|Path,  # A `.jsonl` file; made if it is not there
     record:dict,    # The finished run
 ):
     "Append one record as one line"
-    line = (json.dumps(_plain(record), allow_nan=False) + '\n').encode()
+    known = json.loads(json.dumps(record), parse_constant=lambda nan: None)
+    line = (json.dumps(known) + '\n').encode()
     with open(file, 'ab', buffering=0) as f:
         if f.write(line) != len(line): raise OSError(
             f"{file}: the record of a finished run was cut off; is the disk full?")
@@ -90,12 +85,12 @@ def _record(line):
 # %% ../../nbs/lab/02_records.ipynb #f20824c9
 def _read_file(f):
     "The records of one file, in order"
-    *lines, last = f.read_bytes().split(b"\n")
-    for i, line in enumerate([*lines, last], 1):
+    lines = f.read_bytes().split(b"\n")
+    for i, line in enumerate(lines, 1):
         if not line.strip(): continue
         try: yield _record(line)
         except ValueError as e:
-            if i <= len(lines): raise ValueError(
+            if i < len(lines): raise ValueError(
                 f"{f}:{i}: cannot be read ({e}); delete that line: its run will be "
                 "repeated") from None
             warnings.warn(f"{f}:{i}: the last line was cut off: its run comes again")
@@ -110,10 +105,8 @@ def _files(p):
     raise FileNotFoundError(f"path: the folder {str(p)!r} holds no .jsonl files of "
                             "results" + f"; these do: {', '.join(below)}"*bool(below))
 
-def read_runs(
-    path:str|Path, # A folder (all its .jsonl files), or a file
-) -> list[dict]:   # One record per run; of records with the same key the last one
-    "Read the records of finished and failed runs"
+def read_runs(path:str|Path) -> list[dict]: # Of records with the same key the last one
+    "The records of the runs in `path`: a file, or all .jsonl files of a folder"
     runs = {r["key"]: r for f in _files(Path(path)) for r in _read_file(f)}
     if not runs: raise FileNotFoundError(f"path: no runs in {path}")
     return list(runs.values())
@@ -130,19 +123,10 @@ def open_results(
         file.touch()
     except OSError as e:
         raise OSError(f"out: cannot write results to {file}: {e.strerror or e}") from e
-    _drop_cut_line(file)
-    return file, {r['key']: r for f in sorted(file.parent.glob('*.jsonl'))
-                  for r in _read_file(f)}
-
-def _drop_cut_line(file):
-    "Remove what follows the last line end: the rest of a write that was killed"
-    data = file.read_bytes()
-    whole = data.rfind(b'\n') + 1
-    if whole == len(data): return
-    try:
-        json.loads(data[whole:])
-        with open(file, 'ab') as f: f.write(b'\n')
-    except ValueError: os.truncate(file, whole)
+    *_, rest = file.read_bytes().split(b'\n')
+    if rest: os.truncate(file, file.stat().st_size - len(rest))
+    with contextlib.suppress(ValueError): append_run(file, json.loads(rest))
+    return file, {r['key']: r for f in _files(file.parent) for r in _read_file(f)}
 
 # %% ../../nbs/lab/02_records.ipynb #26e3602b
 def _results():
@@ -151,10 +135,8 @@ def _results():
     inside = Path.cwd().resolve().is_relative_to(notebooks)
     return Path(os.path.relpath(notebooks))/"results" if inside else Path("results")
 
-def stored_results(
-    name:str, # A folder or file of stored results, such as "sorting_cpu"
-) -> Path:    # Where it is
-    "Find results that come with the project: here, in the repository or the package"
+def stored_results(name:str) -> Path: # Folder or file, such as "sorting_cpu"
+    "Find results by name: here, in the repository or in the package"
     package = Path(newton_losses_nb.__file__).parent
     places = [_results(), package.parent/"nbs"/"results", package/"results"]
     for place in places:
@@ -163,9 +145,7 @@ def stored_results(
                             f"looked in {', '.join(map(str, places))}")
 
 # %% ../../nbs/lab/02_records.ipynb #60a655ab
-def own_results(
-    name:str, # A folder of results
-) -> Path:    # `results/name`, in the repository `nbs/results/name`
+def own_results(name:str) -> Path: # `results/name`, in the repository in `nbs`
     "Where to add runs; what is new begins with the stored results of that name"
     own = _results()/name
     with contextlib.suppress(FileNotFoundError):
@@ -173,10 +153,8 @@ def own_results(
     return own
 
 # %% ../../nbs/lab/02_records.ipynb #733e73ce
-def nl_colab(
-    argv:list|None=None, # What takes long without a GPU; None: the command line
-) -> int:                # Exit code
-    "Say which GPU this machine has"
+def nl_colab(argv:list|None=None) -> int: # Exit code
+    "Say which GPU there is; `argv` (or the command line): what takes long without one"
     long = " ".join(sys.argv[1:] if argv is None else argv)
     if torch.cuda.is_available(): print(f"GPU: {torch.cuda.get_device_name()}.")
     elif not long: print("No GPU, and none is needed for this notebook.")

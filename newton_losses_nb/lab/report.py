@@ -58,10 +58,8 @@ def _place(name):
     return [*METHODS, name.split(", ")[0]].index(name.split(", ")[0]), _natural(name)
 
 # %% ../../nbs/lab/04_report.ipynb #9b8b1b03
-def group_runs(
-    runs:list[dict], # Records, as from `read_runs`
-) -> pd.DataFrame:   # Columns setting, method, seed, run, in the order of the table
-    "Sort runs by setting, method and seed; the last record of a seed counts"
+def group_runs(runs:list[dict]) -> pd.DataFrame: # Columns setting, method, seed, run
+    "Sort runs (records) as in the table; the last record of a seed counts"
     if not runs: raise ValueError("runs: got none; expected records as from read_runs")
     configs = pd.Series([r["config"] for r in runs])
     settings = pd.Series(_names([_setting(r) for r in runs]))
@@ -99,10 +97,8 @@ def paired_test(
     return row | dict(lo=lo, hi=hi, p=test.pvalue)
 
 # %% ../../nbs/lab/04_report.ipynb #9ca798ec
-def holm(
-    p,            # p-values; NaN where unknown
-) -> np.ndarray:  # Corrected p-values in the same order; NaN stays NaN
-    "Holm's correction for several comparisons"
+def holm(p) -> np.ndarray: # In the same order; NaN, where a value is unknown, stays
+    "Holm's correction of the p-values `p` of several comparisons"
     p = pd.Series(np.asarray(p, dtype=float))
     known = p.dropna().sort_values()
     scaled = known*np.arange(len(known), 0, -1)
@@ -124,70 +120,55 @@ def summary(
     metric:str="exact_match", # A fraction in the results
 ) -> pd.DataFrame: # One row per setting and method; NaN where unknown
     "Describe each method, and compare it with the plain loss"
-    g, rows = group_runs(runs), []
+    g = group_runs(runs)
     g["score"] = [_score(r, metric) for r in g.run]
-    for setting, part in g.groupby("setting", sort=False):
-        by_method = part.groupby("method", sort=False)
-        scores = {m: o.set_index("seed").score for m, o in by_method}
-        for m, o in scores.items():
-            test = {} if m == "none" else paired_test(o, scores.get("none", {}))
-            rows.append(dict(setting=setting, method=m, failed=sum(o.isna()))
-                        | _describe(o) | test)
+    rows, groups = [], g.groupby(["setting", "method"], sort=False)
+    scores = {name: o.set_index("seed").score for name, o in groups}
+    for (setting, method), o in scores.items():
+        base = scores.get((setting, "none"), {})
+        test = {} if method == "none" else paired_test(o, base)
+        row = dict(setting=setting, method=method, failed=sum(o.isna()))
+        rows.append(row | _describe(o) | test)
     columns = "setting method runs failed mean std median q25 q75 pairs diff lo hi p"
     table = pd.DataFrame(rows, columns=columns.split())
     table = table.astype(dict.fromkeys(["diff", "lo", "hi", "p"], float))
     return table.assign(pairs=table.pairs.astype("Int64"), p_holm=holm(table.p))
 
 # %% ../../nbs/lab/04_report.ipynb #b5943a2b
-def _cells(columns, value="{:.2f}", spread=""):
-    "One text per row: first number as `value`, others as `spread`, as far as known"
-    def cell(v, *more):
-        if pd.isna(v): return ""
-        more = "" if any(map(pd.isna, more)) else spread.format(*more)
-        return value.format(v) + more
-    return [cell(*row) for row in columns.itertuples(index=False)]
+def _known(text, *values):
+    "A text with its values, or nothing if one of them is not known"
+    return "" if any(map(pd.isna, values)) else text.format(*values)
 
-# %% ../../nbs/lab/04_report.ipynb #8798796e
-def format_table(
-    table:pd.DataFrame, # From `summary`
-) -> pd.DataFrame:      # Text in every cell, empty where nothing is known
-    "Round a summary for reading"
-    def shown(p): return "" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-    quartiles, interval = table[["median", "q25", "q75"]], table[["diff", "lo", "hi"]]
-    return pd.DataFrame({
-        "setting": table.setting, "method": table.method,
-        "runs": table.runs.map(str), "failed": table.failed.map(str),
-        "mean ± std": _cells(table[["mean", "std"]], spread=" ± {:.2f}"),
-        "median [quartiles]": _cells(quartiles, spread=" [{:.2f}, {:.2f}]"),
-        "minus none [95 % interval]": _cells(interval, "{:+.2f}",
-                                             " [{:+.2f}, {:+.2f}]"),
-        "pairs": _cells(table[["pairs"]], "{}"),
-        "p (paired t)": table.p.map(shown), "p (Holm)": table.p_holm.map(shown)})
+def format_table(table:pd.DataFrame) -> pd.DataFrame: # Empty where nothing is known
+    "Round a table from `summary` for reading: text in every cell"
+    def p_value(p): return "<0.001" if p < 0.001 else _known("{:.3f}", p)
+    return pd.DataFrame([{
+        "setting": r.setting, "method": r.method,
+        "runs": str(r.runs), "failed": str(r.failed),
+        "mean ± std": _known("{:.2f}", r.mean) + _known(" ± {:.2f}", r.std),
+        "median [quartiles]": _known("{:.2f} [{:.2f}, {:.2f}]", r.median, r.q25, r.q75),
+        "minus none [95 % interval]":
+            _known("{:+.2f}", r.diff) + _known(" [{:+.2f}, {:+.2f}]", r.lo, r.hi),
+        "pairs": _known("{}", r.pairs), "p (paired t)": p_value(r.p),
+        "p (Holm)": p_value(r.p_holm)} for r in table.itertuples()], table.index)
 
-def to_markdown(
-    table:pd.DataFrame, # From `summary`
-) -> str:               # A Markdown table
-    "A summary as aligned text: names to the left, numbers to the right"
+def to_markdown(table:pd.DataFrame) -> str:
+    "A `table` as aligned Markdown: names to the left, numbers to the right"
     cells = format_table(table).map(lambda o: o.replace("|", "\\|"))
     align = ["left", "left", *["right"]*(cells.shape[1] - 2)]
     return cells.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 # %% ../../nbs/lab/04_report.ipynb #786bf127
-def conclusion(
-    table:pd.DataFrame, # From `summary`
-) -> str:               # One sentence
-    "How many comparisons, how many of them significant, the largest gain and loss"
+def conclusion(table:pd.DataFrame) -> str: # One sentence
+    "Comparisons in a `table`, how many are significant, the largest gain and loss"
     tested = table[table.p.notna()]
     if not len(tested): return (
         "No comparison with the plain loss: that takes two seeds or more that finished "
         "in both.")
-    def shown(k):
-        setting, method, *d = tested.loc[k, ["setting", "method", "diff", "lo", "hi"]]
-        d = "{:+.2f} points, interval {:+.2f} to {:+.2f}".format(*d)
-        return f"{setting}, {method} ({d})"
     d = tested["diff"]
-    gain = shown(d.idxmax()) if d.max() > 0 else "none"
-    loss = shown(d.idxmin()) if d.min() < 0 else "none"
+    row = "{setting}, {method} ({diff:+.2f} points, interval {lo:+.2f} to {hi:+.2f})"
+    gain = row.format(**tested.loc[d.idxmax()]) if d.max() > 0 else "none"
+    loss = row.format(**tested.loc[d.idxmin()]) if d.min() < 0 else "none"
     return (f"{len(d)} comparison{'s'*(len(d) > 1)} with the plain loss, "
             f"{sum(tested.p_holm < 0.05)} significant after Holm's correction "
             f"(p < 0.05); largest gain: {gain}; largest loss: {loss}; few seeds decide "
@@ -257,9 +238,8 @@ def curve(
     x:str,      # "step", "epoch" or "seconds"
 ) -> pd.Series: # The known values of the metric, indexed by x
     "One curve of one run; empty if there is no such curve"
-    c = run["curves"]
-    index = c[x] if metric in c else []
-    return pd.Series(c.get(metric, []), index, dtype=float).dropna()
+    values = run["curves"].get(metric, [])
+    return pd.Series(values, run["curves"][x] if values else [], dtype=float).dropna()
 
 # %% ../../nbs/lab/04_report.ipynb #288d35b5
 def _mean_curve(runs, metric, x):
@@ -274,16 +254,13 @@ _colours = dict(zip(METHODS, ("#000000", "#0072B2", "#D55E00", "#E69F00", "#CC79
 _dashes = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _cross = dict(linewidth=0.7, marker="x", markevery=[-1])
 
-def row_styles(
-    names,  # Of rows of the table: a method, perhaps with settings
-) -> dict:  # For each its colour, dashes and width
-    "How the rows of a table are drawn"
+def row_styles(names) -> dict: # For each name its colour, dashes and width
+    "How rows of the table are drawn; `names`: methods, perhaps with settings"
     styles, used = {}, Counter()
     for name in names:
         method = name.split(", ")[0]
         colour = _colours.get(method, "#777777")
-        newton = isinstance(METHODS.get(method), (Fisher, Hessian))
-        solid = newton or method == "none"
+        solid = isinstance(METHODS.get(method), (Fisher, Hessian)) or method == "none"
         dash = _dashes[(used[colour] + (not solid)) % 4]
         styles[name] = dict(color=colour, linestyle=dash,
                             linewidth=2 if method == "none" else 1.5)
@@ -295,17 +272,15 @@ def _panel(ax, rows, metric, x, styles):
     "Draw one setting"
     scale, failed = 100 if _in_percent(metric) else 1, []
     for method, runs in rows.groupby("method", sort=False).run:
-        done, color = [r for r in runs if r["status"] == "ok"], styles[method]["color"]
+        done, lost = ([r for r in runs if r["status"] == s] for s in ("ok", "failed"))
+        color = styles[method]["color"]
         if done:
             m = _mean_curve(done, metric, x)*scale
             ax.plot(m.index, m["mean"], **styles[method], zorder=3)
-            ax.fill_between(m.index, m["min"], m["max"], color=color, alpha=0.1,
-                            linewidth=0)
-        for r in runs:
-            c = scale*curve(r, metric, x)
-            if r["status"] == "failed": ax.plot(c, color=color, **_cross, zorder=4)
-        if len(done) < len(runs):
-            failed.append(f"{method} {len(runs) - len(done)}/{len(runs)}")
+            ax.fill_between(m.index, m["min"], m["max"], color=color, alpha=0.1, lw=0)
+        for c in (scale*curve(r, metric, x) for r in lost):
+            ax.plot(c, color=color, **_cross, zorder=4)
+        if lost: failed.append(f"{method} {len(lost)}/{len(runs)}")
     title = textwrap.fill(rows.setting.iloc[0], 56)
     if failed: title += "\n" + textwrap.fill("failed: " + ", ".join(failed), 56)
     ax.set_title(title, fontsize=9, loc="left")
@@ -338,9 +313,8 @@ def plot_curves(
     handles = [Line2D([], [], label=m, **s) for m, s in styles.items()]
     if any(r["status"] == "failed" for r in g.run):
         handles.append(Line2D([], [], label="failed run", color="0.4", **_cross))
-    fig.legend(handles=handles, loc="outside lower center", frameon=False,
-               ncols=2 if max(map(len, styles)) > 24 else 5, fontsize=9,
-               title_fontsize=8.5,
+    fig.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9,
+               ncols=2 if max(map(len, styles)) > 24 else 5, title_fontsize=8.5,
                title="line: mean over the finished runs; band: lowest run to highest")
     return fig
 

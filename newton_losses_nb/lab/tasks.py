@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARPNESS', 'sorting_config', 'PATH_LOSSES', 'SIGMA', 'PATH_LEARNING_RATES', 'NO_HESSIAN', 'path_config',
-           'CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'classification_config', 'Sorting', 'SortingTask',
-           'flat_shortest_path', 'path_loss_fn', 'Paths', 'PathTask', 'digit_loss', 'Classification',
-           'ClassificationTask']
+           'digit_loss', 'CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'classification_config', 'Sorting', 'SortingTask',
+           'flat_shortest_path', 'path_loss_fn', 'Paths', 'PathTask', 'Classification', 'ClassificationTask']
 
 # %% ../../nbs/lab/05_tasks.ipynb #0afd1128
 import functools
@@ -29,15 +28,15 @@ from ..paths.exact import (
     cost_optimality, exact_path_match, path_cost, regret, shortest_path)
 from ..paths.relaxed import path_loss, relaxed_bellman_ford
 from ..paths.fenchel_young import FenchelYoungLoss, Noise
-from ..paths.smoothing import (
-    BlackboxLoss, SmoothedAlgorithmLoss, SmoothedLoss)
+from ..paths.smoothing import BlackboxLoss, SmoothedAlgorithmLoss, SmoothedLoss
 from ..sorting.losses import (
     SortingLoss, element_match, exact_match, true_permutation)
 
 # %% ../../nbs/lab/05_tasks.ipynb #ce7710f9
 class _Whole(Task):
     "A task whose samples, those of `samples`, are all used in an epoch"
-    networks, known = PATH_NETWORKS, slice(500) # Samples whose mean is taken off
+    networks, how = PATH_NETWORKS, {} # Constructors, and their options
+    known = slice(500)                # Samples whose mean is taken off
 
     @functools.cached_property
     def training(self):
@@ -46,7 +45,8 @@ class _Whole(Task):
 
     def make_network(self):
         "The network at the start of training"
-        net = make_network(self.config["network"], self.config["seed"], self.networks)
+        name, seed = self.config["network"], self.config["seed"]
+        net = make_network(name, seed, self.networks, **self.how)
         return net.to(self.device, self.dtype)
 
     @functools.cached_property
@@ -86,27 +86,23 @@ _LEARNING_RATES = {"cnn": 10**-3.5, "small": 1e-2} # Of Adam, for each network
 @dataclass
 class Sorting(Settings):
     "Train networks to sort numbers, by relaxation, method and seed; then report"
-    relaxation:str = entry(
-        "neural_sort", "How to sort", one_of(*SHARPNESS), option="relaxations",
-        command="neural_sort,soft_sort,logistic,cauchy")
+    relaxation:str = entry("neural_sort", "How to sort", one_of(*SHARPNESS),
+        option="relaxations", command="neural_sort,soft_sort,logistic,cauchy")
     method:str = entry("none", "What is sent back to the scores", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
     n:int = entry(5, "Images in a set", whole(2))
-    seed:int = entry(0, "Of the initial weights and of the training data", whole(0),
-                     option="seeds", command="5")
+    seed:int = entry(0, "Of weights and data", whole(0), option="seeds", command="5")
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry("auto", "Damping λ: a number, ledoit_wolf, auto (rule of 0.1)",
+    lam:float|str = entry("auto", "Damping λ: number, ledoit_wolf, or auto (as in 0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     tau:float|None = entry(None, "Temperature of neural_sort and soft_sort", positive)
     steepness:float|None = entry(None, "Steepness of sorting networks", positive)
     comparators:str = entry("odd_even", "Plan of sorting networks: odd_even or bitonic")
     loss:str = entry("bce", "bce, cross_entropy, or bce_clamped (that of nn.BCELoss)")
-    network:str = entry("small",
-                        "small (pooled digits, for a CPU) or cnn (the paper's)",
-                        one_of(*NETWORKS))
+    network:str = entry("small", "small (CPU) or cnn (the paper's)", one_of(*NETWORKS))
     device:str = entry("cpu", "cpu or cuda")
     precision:str = entry("float32", "Precision of the network", one_of(*PRECISIONS))
     eval_every:int = entry(100, "Steps between evaluations", whole(1))
@@ -139,19 +135,11 @@ class SortingTask(_Whole):
         "The per-sample loss"
         return _sorting_loss(self.config)
 
-    def sets(self, split):
+    def samples(self, split):
         "What draws the sets of a split"
         c = self.config
-        how = dict(pool=NETWORKS[c["network"]][1], device=self.device)
-        return DigitSets(self.data[split], c["n"], **how)
-
-    @functools.cached_property
-    def training(self):
-        "What draws training sets"
-        return self.sets("train")
-
-    def _told(self, x, labels):
-        return x.to(self.dtype), (true_permutation(labels, dtype=self.dtype),)
+        pool = NETWORKS[c["network"]][1]
+        return DigitSets(self.data[split], c["n"], pool=pool, device=self.device)
 
     def indices(self):
         "Which digits each step takes, `(N, n, digits)`"
@@ -160,13 +148,14 @@ class SortingTask(_Whole):
 
     def batch(self, index):
         "Images `(K, N, n, 1, h, w)`, and the argument of the loss"
-        return self._told(*self.training.assemble(index))
+        x, labels = self.training.assemble(index)
+        return x.to(self.dtype), (true_permutation(labels, dtype=self.dtype),)
 
     def evaluation(self, split):
         "Fixed evaluation sets of a split: images, the argument of the loss, labels"
         seed = {"valid": 1, "test": 2}[split]
-        x, labels = self.sets(split).draw(self.config["eval_sets"], seed)
-        return *self._told(x, labels), labels
+        x, labels = self.samples(split).draw(self.config["eval_sets"], seed)
+        return x.to(self.dtype), (true_permutation(labels, dtype=self.dtype),), labels
 
     def scores(self, y, labels):
         "What is reported of outputs, one value per sample each"
@@ -200,9 +189,8 @@ def path_loss_fn(
     c, name = config, config["loss"]
     if name == "blackbox": return BlackboxLoss(solver, compare, c["interpolation"])
     if name == "relaxed_bf":
-        relaxed = functools.partial(
-            relaxed_bellman_ford, beta=c["beta"], loop=c["loop"],
-            t_conorm=c["t_conorm"])
+        own = {k: c[k] for k in ("beta", "loop", "t_conorm")}
+        relaxed = functools.partial(relaxed_bellman_ford, **own)
         return lambda y, w: compare(relaxed(y.unflatten(-1, grid)).flatten(-2), w)
     noise = Noise(c["sigma"], c["samples"], generator=generator)
     if name == "smoothed_algorithm":
@@ -221,19 +209,16 @@ NO_HESSIAN = { # Losses without an exact Hessian, and why
 @dataclass
 class Paths(Settings):
     "Train networks to find shortest paths, by loss, method and seed; then report"
-    loss:str = entry("fenchel_young", "How the solver is differentiated",
-                     one_of(*PATH_LOSSES),
+    loss:str = entry("fenchel_young", "How to differentiate", one_of(*PATH_LOSSES),
                      option="losses", command=",".join(PATH_LOSSES[:4]))
     method:str = entry("none", "What is sent back to the costs", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
-    seed:int = entry(0, "Of the initial weights, the order of the maps and the noise",
-                     whole(0), option="seeds", command="2")
+    seed:int = entry(0, "Of weights and noise", whole(0), option="seeds", command="2")
     samples:int = entry(10, "Noisy copies of each map", whole(1), option="samples")
     sigma:float|None = entry(None, "Size of the noise; default: by loss", positive)
     kind:str|None = entry(None, "Difference of soft paths", one_of("l2", "l1"),
                           option="kinds", command="l2")
-    loop:str = entry("for", "Loop of relaxed_bf", one_of("for", "while"),
-                     option="loops")
+    loop:str = entry("for", "relaxed_bf's loop", one_of("for", "while"), option="loops")
     beta:float = entry(3., "Inverse temperature of relaxed_bf", positive)
     t_conorm:str = entry("probabilistic", "T-conorm of relaxed_bf",
                          one_of("probabilistic", "hamacher", "yager"))
@@ -241,11 +226,10 @@ class Paths(Settings):
     epochs:int = entry(8, "Passes through the training maps", whole(1), command=3)
     batch:int = entry(50, "Maps in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry(100., "Damping λ: a number, ledoit_wolf, or auto (rule of 0.1)",
+    lam:float|str = entry(100., "Damping λ: number, ledoit_wolf, or auto (as in 0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
-    network:str = entry("small", "small (for a CPU) or resnet18 (the original's)",
-                        one_of(*PATH_NETWORKS))
+    network:str = entry("small", "small (CPU) or resnet18", one_of(*PATH_NETWORKS))
     train:int = entry(2000, "Training maps", whole(1))
     valid:int = entry(500, "Validation maps", whole(1), command=300)
     test:int = entry(500, "Test maps", whole(1))
@@ -263,14 +247,12 @@ class Paths(Settings):
         loss, method, relaxed = self.loss, self.method, self.loss == "relaxed_bf"
         if not self.exists(loss, method): raise ValueError(
             f"method: expected no {method} with {loss}: {NO_HESSIAN[loss]}; use fisher")
-        used = dict.fromkeys(("loop", "beta", "t_conorm"), relaxed)
-        used |= dict(samples=loss in SIGMA, sigma=loss in SIGMA,
-                     interpolation=loss == "blackbox",
-                     kind=relaxed or loss == "smoothed_algorithm")
-        c |= dict(sigma=self.sigma or SIGMA.get(loss), kind=self.kind or "l2")
-        c |= {k: None for k, v in used.items() if not v}
-        c |= dict(task="paths", lr=self.lr or PATH_LEARNING_RATES[self.network])
-        c |= _by_epochs(self, "maps")
+        c |= dict(task="paths", lr=self.lr or PATH_LEARNING_RATES[self.network],
+                  sigma=self.sigma or SIGMA.get(loss), kind=self.kind or "l2")
+        used = dict(loop=relaxed, beta=relaxed, t_conorm=relaxed, sigma=loss in SIGMA,
+                    samples=loss in SIGMA, interpolation=loss == "blackbox",
+                    kind=relaxed or loss == "smoothed_algorithm")
+        c |= {k: None for k, v in used.items() if not v} | _by_epochs(self, "maps")
         path_loss_fn(c, (1, 1))
         return c
 
@@ -316,12 +298,8 @@ class PathTask(_Whole):
                 "relative_regret": regret(costs, path)/path_cost(costs, paths)}
 
 # %% ../../nbs/lab/05_tasks.ipynb #7047610d
-def digit_loss(
-    y:Float[Tensor, "N 10"], # Scores of the ten digits
-    t:Int64[Tensor, "N"],    # The right digits
-) -> Float[Tensor, "N"]:     # One loss per image
-    "Cross-entropy of each image"
-    return F.cross_entropy(y, t, reduction="none")
+# Cross-entropy of each image, from scores `(N, 10)` and the right digits `(N,)`
+digit_loss = functools.partial(F.cross_entropy, reduction="none")
 
 # %% ../../nbs/lab/05_tasks.ipynb #44538168
 def _mlp(a, side):
@@ -369,8 +347,7 @@ CLASSIFIERS = dict( # Networks by name, called with `side`
 
 # %% ../../nbs/lab/05_tasks.ipynb #9808e98a
 OPTIMIZERS = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam) # Optimisers by name
-# Learning rate of the plain loss, for each optimiser
-BASE_RATES = dict(sgd=0.3, adam=3e-3)
+BASE_RATES = dict(sgd=0.3, adam=3e-3) # Of the plain loss, for each optimiser
 
 def _first_step(method, lam, max_norm):
     "How much longer the plain loss's step is, where all digits are equally likely"
@@ -389,19 +366,15 @@ class Classification(Settings):
                           option="optimizers", command="sgd,adam")
     method:str = entry("none", "What is sent back to the scores", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms")
-    seed:int = entry(0, "Of the initial weights and of the order of the digits",
-                     whole(0), option="seeds", command="3")
-    epochs:int = entry(1, "Passes through the training digits", whole(1),
-                       option="epochs")
+    seed:int = entry(0, "Of weights and order", whole(0), option="seeds", command="3")
+    epochs:int = entry(1, "Passes through the digits", whole(1), option="epochs")
     batch:int = entry(50, "Digits in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of the plain loss", positive)
-    gain:float = entry(1., "Factor on lr for other methods than the plain loss",
-                       positive)
-    lam:float|str = entry(0.1, "Damping λ: number, ledoit_wolf or auto", damping_or_rule)
+    gain:float = entry(1., "Factor on lr, not for the method none", positive)
+    lam:float|str = entry(.1, "Damping λ: number, ledoit_wolf or auto", damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     pool:int = entry(2, "Shrink the digits by this factor", one_of(1, 2))
-    train:int = entry(4000, "Training digits, as many as the data have", whole(1),
-                      option="")
+    train:int = entry(4000, "Training digits, all of the data", whole(1), option="")
     device:str = entry("cpu", "cpu or cuda")
     precision:str = entry("float32", "Precision of the network", one_of(*PRECISIONS))
     eval_every:int|None = entry(None, "Steps between evaluations (an epoch)", whole(1))
@@ -423,21 +396,16 @@ classification_config = Classification.config # The configuration of a run
 # %% ../../nbs/lab/05_tasks.ipynb #7b2ef4bb
 class ClassificationTask(_Whole):
     "Reading digits: network, loss, images and scores for one configuration"
+    networks, known = CLASSIFIERS, slice(None)
+    how = property(lambda self: {"side": 28//self.config["pool"]})
     optimizer = property(lambda self: OPTIMIZERS[self.config["optimizer"]])
-    known = slice(None)
-
-    @property
-    def networks(self):
-        "Networks for the side of the images"
-        side = 28//self.config["pool"]
-        return {k: functools.partial(f, side=side) for k, f in CLASSIFIERS.items()}
 
     @property
     def lr(self):
         "The learning rate; by SGD the first step is as long as the plain loss's"
-        c = self.config
-        sgd = c["optimizer"] == "sgd"
-        same = _first_step(c["method"], c["lam"], c["max_norm"]) if sgd else 1.
+        c, same = self.config, 1.
+        if c["optimizer"] == "sgd":
+            same = _first_step(c["method"], c["lam"], c["max_norm"])
         return c["lr"]*(c["gain"] or 1.)*same
 
     def make_loss(self):
