@@ -15,30 +15,19 @@ from ..core.derivatives import widened
 from ..core.solves import number
 
 # %% ../../nbs/paths/00_exact.ipynb #80072686
-def _slices(cost:Tensor, d:Tensor, col:Tensor, best:Tensor, n:int) -> tuple:
-    "What a sweep of the first `n` rows and columns uses; the batch comes last"
+def _sweep(cost, d, col, best, n):
+    "Sweeps `n` rows and columns: cost plus the least of 3 x 3 distances; batch last"
     h, w = min(n, cost.shape[0]), min(n, cost.shape[1])
     up, mid, down = (d[i:i+h, :w+2] for i in range(3))
     left, centre, right = (col[:h, j:j+w] for j in range(3))
-    return up, mid, down, col[:h, :w+2], left, centre, right, best[:h, :w], cost[
-        :h, :w], d[1:h+1, 1:w+1]
-
-def _sweep(up, mid, down, col, left, centre, right, best, cost, inner):
-    "Cost of each cell plus the smallest distance in its 3 x 3 neighbourhood, in place"
-    torch.minimum(up, down, out=col)
-    torch.minimum(col, mid, out=col)
-    torch.minimum(left, right, out=best)
-    torch.minimum(best, centre, out=best)
-    torch.add(best, cost, out=inner)
-
-def _settle(whole, inner, until):
-    "One more sweep, or `until` nothing changes; where it changed nothing"
-    while True:
-        before = inner.clone()
-        _sweep(*whole)
-        if not until or torch.equal(before, inner):
-            return (before == inner).flatten(0, 1).all(0)
-        for _ in range(3): _sweep(*whole)
+    col, best, cost, inner = col[:h, :w+2], best[:h, :w], cost[:h, :w], d[1:h+1, 1:w+1]
+    def sweep():
+        torch.minimum(up, down, out=col)
+        torch.minimum(col, mid, out=col)
+        torch.minimum(left, right, out=best)
+        torch.minimum(best, centre, out=best)
+        torch.add(best, cost, out=inner)
+    return sweep
 
 # %% ../../nbs/paths/00_exact.ipynb #07e96802
 def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
@@ -50,9 +39,8 @@ def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
     chunk = max(1, min(B, cells//(H*W)))
     c, d, *scratch = (cost.new_zeros(*shape, chunk)
                       for shape in ((H, W), (H + 2, W + 2), (H, W + 2), (H, W)))
-    whole, inner = _slices(c, d, *scratch, max(H, W)), d[1:-1, 1:-1]
-    first = [o for n in range(3, max(H, W), 3)
-             for o in [_slices(c, d, *scratch, n)]*3]
+    whole, inner = _sweep(c, d, *scratch, max(H, W)), d[1:-1, 1:-1]
+    first = [o for n in range(3, max(H, W), 3) for o in [_sweep(c, d, *scratch, n)]*3]
     n_first = max(H, W) + 4 if n_iter is None else n_iter
     for k in range(0, B, chunk):
         m = min(chunk, B - k)
@@ -60,8 +48,13 @@ def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
         d.fill_(torch.inf)
         d[1, 1] = c[0, 0]
         c[0, 0].zero_()
-        for o in (first + n_first*[whole])[:n_first]: _sweep(*o)
-        settled[k:k+m] = _settle(whole, inner, n_iter is None)[:m]
+        for sweep in (first + n_first*[whole])[:n_first]: sweep()
+        while True:
+            before = inner.clone()
+            whole()
+            if n_iter is not None or torch.equal(before, inner): break
+            for _ in range(3): whole()
+        settled[k:k+m] = (before == inner).flatten(0, 1).all(0)[:m]
         found[k+1:k+1+m] = d[..., :m].permute(2, 0, 1)
     return found, settled
 
@@ -124,15 +117,14 @@ def shortest_path(
         return _Mapped.apply(cost.detach(), n_iter)
     if n_iter is None: _check_cost(cost)
     maps = widened(cost.detach()).reshape(-1, *cost.shape[-2:])
-    if n_iter is None: path = _solve(maps, cost.shape[:-2])
-    else: path = _solve_fixed(maps, n_iter)
+    path = _solve(maps, cost.shape) if n_iter is None else _solve_fixed(maps, n_iter)
     return path.reshape(cost.shape).to(cost.dtype)
 
-def _solve(cost:Float[Tensor, "B H W"], batch:torch.Size) -> Float[Tensor, "B H W"]:
+def _solve(cost:Float[Tensor, "B H W"], shape:torch.Size) -> Float[Tensor, "B H W"]:
     "Paths of some maps; the error for a map without one names it"
     d, _ = _distances(cost)
     reached = d[1:, -2, -2].isfinite()
-    if not reached.all(): _refuse_map(cost, reached, batch)
+    if not reached.all(): _refuse_map(cost.view(shape), reached.view(shape[:-2]))
     path, left = _walk(d)
     if left.any():
         d[:, 0, 0] = torch.inf
@@ -147,14 +139,11 @@ class _Mapped(torch.autograd.Function):
     def forward(cost, n_iter): return shortest_path(cost, n_iter)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.mark_non_differentiable(output)
+    def setup_context(ctx, inputs, output): pass
 
     @staticmethod
     def vmap(info, in_dims, cost, n_iter):
         return shortest_path(cost.movedim(in_dims[0], 0), n_iter), 0
-
-    @staticmethod
-    def backward(ctx, g): return None, None
 
 # %% ../../nbs/paths/00_exact.ipynb #4a3ce941
 def _solve_fixed(cost, n_iter):
@@ -175,9 +164,8 @@ def check_grid(name, x, floating=True):
         raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
 
 def check_same_shape(name, x, other, y):
-    if x.shape != y.shape: raise ValueError(
-        f"{name}: expected the shape of {other}, {tuple(y.shape)}, "
-        f"got {tuple(x.shape)}")
+    if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, "
+                                            f"{tuple(y.shape)}, got {tuple(x.shape)}")
 
 def checked_steps(name, n): return None if n is None else number(name, n, 1, whole=True)
 
@@ -190,13 +178,11 @@ def _check_cost(cost):
     raise ValueError(f"cost: expected numbers, at least 0 (infinity is a wall), "
                      f"got {got} out of {cost.numel()}{hint if negative else ''}")
 
-def _refuse_map(cost, reached, batch):
+def _refuse_map(cost, reached):
     "Why the first map whose goal is not reached has no path"
-    k = int((~reached).nonzero()[0])
-    index = torch.unravel_index(torch.tensor(k), batch or (1,))
-    index = tuple(map(int, index)) if len(batch) > 1 else k
-    name = f"map {index}" if batch else "the map"
-    c = cost[k]
+    place = tuple((~reached).nonzero()[0].tolist())
+    name = f"map {place if len(place) > 1 else place[0]}" if place else "the map"
+    c = cost[place]
     for corner, end in (("top left", c[0, 0]), ("bottom right", c[-1, -1])):
         if end.isinf(): raise ValueError(f"cost: expected finite costs at both ends, "
                                          f"got a wall in the {corner} corner of {name}")

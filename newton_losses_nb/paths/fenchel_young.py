@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.derivatives import of_samples
+from ..core.derivatives import check_outputs, of_samples
 from ..core.solves import choice, number, positive
 from .exact import check_same_shape
 
@@ -44,10 +44,9 @@ DISTRIBUTIONS = { # Distributions of the noise
 class AsCode:
     "Prints what it takes to make it again; numbers of a tensor are left out"
     def __repr__(self):
-        given = {f.name: getattr(self, f.name) for f in fields(self)
-                 if getattr(self, f.name) is not f.default}
-        given = ", ".join(f"{k}={_as_code(v)}" for k, v in given.items())
-        return f"{type(self).__name__}({given})"
+        given = [f"{f.name}={_as_code(getattr(self, f.name))}" for f in fields(self)
+                 if getattr(self, f.name) is not f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
 def _as_code(x):
     if isinstance(x, Tensor): return "..."
@@ -80,26 +79,25 @@ class Noise(AsCode):
 def _samples(o):
     "Number of samples, if there are enough, and `fixed` has as many"
     n, pairs, x = o.samples, bool(o.antithetic), o.fixed
-    if pairs and o.distribution != "gaussian": raise ValueError(
-        f"antithetic: expected False with {o.distribution} noise, which is not "
-        f"symmetric")
+    if pairs and o.distribution != "gaussian": raise ValueError("antithetic: expected "
+        f"False with {o.distribution} noise, which is not symmetric")
     if x is not None:
         known = isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3)
-        if not known: raise ValueError(
-            f"fixed: expected a floating-point tensor (N, S, m) or (S, m), got "
-            f"{_described(x)}")
-        if n not in (Noise.samples, x.shape[-2]): raise ValueError(
-            f"samples: expected {x.shape[-2]}, as many as fixed has, or none given, "
-            f"got {n}")
-        n = x.shape[-2]
+        got = f"{(*x.shape,)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        if not known: raise ValueError("fixed: expected a floating-point tensor "
+                                       f"(N, S, m) or (S, m), got {got}")
+        n, given = x.shape[-2], n
+        if given not in (Noise.samples, n): raise ValueError(
+            f"samples: expected {n}, as many as fixed has, or none given, got {given}")
     least = (2 if o.baseline == "leave_one_out" else 1)*(1 + pairs)
     n = number("samples", n, least, whole=True)
     if pairs and n % 2: raise ValueError(
         f"samples: expected an even number with antithetic=True, got {n}")
     return n
 
-def _described(x):
-    return f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+def check_noise(x):
+    if not isinstance(x, Noise): raise TypeError(
+        f"noise: expected Noise(sigma=..., samples=..., ...), got {type(x).__name__}")
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #0a64be72
 def draw_noise(
@@ -108,9 +106,7 @@ def draw_noise(
 ) -> Float[Tensor, "N S m"]:   # Noise of unit size; a row of `y` has m numbers
     "Standard noise for each sample of a batch: new, or `noise.fixed`"
     check_noise(noise)
-    if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim < 2:
-        raise ValueError(f"y: expected a floating-point tensor of shape (N, ...), got "
-                         f"{_described(y)}")
+    check_outputs(y)
     n, m, fixed = len(y), math.prod(y.shape[1:]), noise.fixed
     if fixed is not None:
         if fixed.shape[-1] != m or fixed.ndim == 3 and len(fixed) != n:
@@ -125,20 +121,10 @@ def draw_noise(
     e = e.to(y.device)
     return torch.cat([e, -e], 1) if noise.antithetic else e
 
-# %% ../../nbs/paths/02_fenchel_young.ipynb #228b4973
-def check_noise(x):
-    if not isinstance(x, Noise): raise TypeError(
-        f"noise: expected Noise(sigma=..., samples=..., ...), got {type(x).__name__}")
-
 # %% ../../nbs/paths/02_fenchel_young.ipynb #b6560b79
 @torch.no_grad()
-def call(
-    name:str,            # What to call the algorithm in errors
-    algorithm:Callable,  # Maps `(batch, ...)` to `(batch, ...)`
-    points:Float[Tensor, "N S ..."], # S inputs for each row
-    args:tuple=(),       # Further arguments
-) -> Shaped[Tensor, "N S ..."]: # Results, in the dtype of the points at least
-    "Results of an algorithm for many points, from one call"
+def call(name, algorithm, points:Float[Tensor, "N S ..."], args=()):
+    "Results of an algorithm for S points of each row, from one call; `name` in errors"
     n, S = points.shape[:2]
     own = of_samples(args, [n])
     args = [a.repeat_interleave(S, 0) if o else a for a, o in zip(args, own)]
@@ -170,22 +156,14 @@ def check_tensor(name, f):
         f"{type(f).__name__}: return torch.as_tensor(...)")
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #a966354a
-def ratio_minus_1(
-    y:Float[Tensor, "N m"],       # Where the derivatives are wanted
-    e:Float[Tensor, "N S m"],     # Standard noise ε of each sample
-    noise:Noise,                  # Its size and distribution
-) -> Float[Tensor, "N S"]:        # r − 1: zero in value, not in its derivatives
-    "Likelihood ratio of each sampled point, as `y` moves"
+def ratio_minus_1(y:Float[Tensor, "N m"], e:Float[Tensor, "N S m"], noise:Noise):
+    "r − 1 of the points `y` + σ`e`, `(N, S)`, under `noise`: 0, but not as `y` moves"
     shift, log_p = (y - y.detach())[:, None]/noise.sigma, noise.kind.log_density
     return (log_p(e - shift) - log_p(e)).sum(-1).expm1()
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #63e06433
-def minus_baseline(
-    f:Float[Tensor, "N S ..."], # Values at the sampled points
-    noise:Noise,                # Its baseline, and whether samples come in pairs
-    at_y:Callable,              # Gives the value without noise, `(N, ...)`, for "value"
-) -> Float[Tensor, "N S ..."]:
-    "Values with a baseline taken off that does not depend on the sample's own noise"
+def minus_baseline(f:Float[Tensor, "N S ..."], noise:Noise, at_y:Callable):
+    "Values `f` minus the baseline of `noise`; `at_y()` is what `f` is without noise"
     if noise.baseline == "none": return f
     if noise.baseline == "value": return f - at_y()[:, None]
     S = f.shape[1]
@@ -215,28 +193,28 @@ def raised(costs, floor): return costs if floor is None else costs.clamp(min=flo
 def _differences(self:FenchelYoungLoss, y, y_true):
     "Loss, gradient, gradients of the noisy copies minus the baseline, the noise"
     check_same_shape("y_true", y_true, "y", y)
-    e, w_true = draw_noise(y, self.noise), y_true.detach().to(y.dtype).flatten(1)
+    e, y_true = draw_noise(y, self.noise), y_true.detach().to(y.dtype)
     at_y = y.detach().flatten(1)[:, None]
     costs = torch.add(at_y, e, alpha=self.noise.sigma)
     seen = raised(costs, self.floor)
-    g = self._difference(seen, w_true, y.shape)
+    g = self._difference(seen, y_true)
     loss = torch.linalg.vecdot(g.flatten(1), seen.flatten(1))/e.shape[1]
     if self.floor is not None: g = g*(costs > self.floor)
     at_y = raised(at_y, self.floor)
     centred = minus_baseline(
-        g, self.noise, lambda: self._difference(at_y, w_true, y.shape)[:, 0])
+        g, self.noise, lambda: self._difference(at_y, y_true)[:, 0])
     return loss, g.mean(1), centred, e
 
 @patch
-def _difference(self:FenchelYoungLoss, costs, w_true, shape):
+def _difference(self:FenchelYoungLoss, costs, y_true):
     "Difference of true and found solution for each of `(N, S, m)` costs"
-    points = costs.view(*costs.shape[:2], *shape[1:])
+    points = costs.unflatten(2, y_true.shape[1:])
     w = call("solver", self.solver, points)
     if w.shape != points.shape: raise ValueError(
         f"solver: expected solutions in the shape of the costs, "
         f"{tuple(points.flatten(0, 1).shape)}, got {tuple(w.flatten(0, 1).shape)}")
-    w, w_true = w.flatten(2), w_true[:, None]
-    return ((w - w_true) if self.maximize else (w_true - w)).to(costs.dtype)
+    w, w_true = w.flatten(2), y_true.flatten(1)[:, None]
+    return (w - w_true if self.maximize else w_true - w).to(costs.dtype)
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #6431bc9e
 @patch
@@ -254,12 +232,7 @@ def __call__(
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #8ea102bb
 @patch
-def derivatives(
-    self:FenchelYoungLoss,
-    y:Float[Tensor, "N m"],       # Costs
-    y_true:Shaped[Tensor, "N m"], # True solutions
-    hessian:bool=True,            # Hessians too?
-) -> tuple:                       # Losses, gradients, Hessians or None
+def derivatives(self:FenchelYoungLoss, y, y_true, hessian:bool=True) -> tuple:
     "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
     loss, G, g, e = self._differences(y, y_true)
     if not hessian: return loss, G, None

@@ -19,9 +19,8 @@ from .exact import (
     NEIGHBOURS, check_grid, check_same_shape, checked_steps, neighbours)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #3ff50ed4
-def _relaxed_distances(cost:Float[Tensor, "B H W"], beta:float,
-                       n_iter:int) -> Float[Tensor, "B 8 H W"]:
-    "Weights of the last sweep of relaxed Bellman-Ford"
+def _last_weights(cost:Float[Tensor, "B H W"], beta, n_iter):
+    "Weights of the last sweep of relaxed Bellman-Ford, `(B, 8, H, W)`"
     far = -beta*_far(cost, beta)
     border = F.pad(torch.zeros_like(cost), (1, 1, 1, 1), value=1.)*far
     keep = cost.new_ones(cost.shape[-2:])
@@ -47,139 +46,107 @@ _T_CONORMS = {
 }
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
-def _inflow(pi:Float[Tensor, "B 8 H W"]) -> Float[Tensor, "B 8 H W"]:
-    "Transpose of the predecessors' weights"
-    padded, (H, W) = F.pad(pi, (1, 1, 1, 1)), pi.shape[-2:]
-    return torch.stack([padded[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
-                        for k, (i, j) in enumerate(NEIGHBOURS)], 1)
-
 def _plain_walk(cost, beta, n_iter, steps):
-    "Where the soft walk is at each step, `(B, H, W)` each, after `n_iter` sweeps"
-    weights = _inflow(_relaxed_distances(cost, beta, n_iter))
+    "Where the soft walk is at each step, `(steps, B, H, W)`, after `n_iter` sweeps"
+    pi, (H, W) = F.pad(_last_weights(cost, beta, n_iter), (1, 1, 1, 1)), cost.shape[1:]
+    weights = torch.stack([pi[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
+                           for k, (i, j) in enumerate(NEIGHBOURS)], 1)
     at = [torch.zeros_like(cost)]
     at[0][:, -1, -1] = 1
     for _ in range(steps - 1):
         at.append((weights*neighbours(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
-    return at
+    return torch.stack(at)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #a2c97c5e
-class _Flat:
-    "Grids in flat memory: cells `(C, B)`, C = H(W+2), padded by an edge of W+3"
-    def __init__(self, B, H, W):
-        self.B, self.H, self.W, self.C, self.edge = B, H, W, H*(W + 2), W + 3
+def _near(x:Float[Tensor, "H2 W2 B"]) -> Float[Tensor, "3 3 H W B"]:
+    "Views of the cells around all cells, from a grid with a border of one"
+    (H, W, B), (row, cell, one) = x.shape, x.stride()
+    return x.as_strided((3, 3, H - 2, W - 2, B), (row, cell, row, cell, one))
 
-    def padded(self, value):
-        "Cells with their edges, filled with a value for each grid"
-        return value.expand(self.C + 2*self.edge, self.B).contiguous()
-
-    def inner(self, x): return x.narrow(0, self.edge, self.C)
-    def border(self, x):
-        return x.view(*x.shape[:-2], self.H, self.W + 2, self.B)[..., self.W:, :]
-    def grids(self, x):
-        return x.view(*x.shape[:-2], self.H, self.W + 2,
-                      self.B)[..., :self.W, :].movedim(-1, -3)
-    def moved(self, x):
-        return [x.narrow(0, self.edge + i*(self.W + 2) + j, self.C)
-                for i, j in NEIGHBOURS]
-
-    def look_around(self, x, out):
-        "Copy the neighbours of all cells, `(8, C, B)`"
-        B, W, start = self.B, self.W, x.storage_offset()
-        for part, first, step in ((out[:3], 0, 1), (out[3:5], W + 2, 2),
-                                  (out[5:], 2*W + 4, 1)):
-            part.copy_(x.as_strided(part.shape, (step*B, B, 1), start + first*B))
-        return out
+def _look_around(x, out):
+    "Copy the neighbours of all cells, `(8, H, W, B)`"
+    near = _near(x)
+    return torch.cat((near[0], near[1, ::2], near[2]), out=out)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #c8afbb2b
 def _walk_forward(cost, beta, n_iter, steps):
-    "Where the walk is at each step, `(C, B)` each; and what to keep"
-    flat, far = _Flat(*cost.shape), (-beta*_far(cost, beta))[:, 0, 0]
-    step = cost.new_zeros(flat.C, flat.B)
-    u, e = (cost.new_empty(8, flat.C, flat.B) for _ in range(2))
-    flat.grids(step).copy_(beta*cost)
-    scores = [flat.padded(far)]
-    flat.inner(scores[0])[0] = 0
-    for _ in range(n_iter - 1):
-        total = _softly(flat.look_around(scores[-1], u), e)
-        scores.append(flat.padded(far))
-        new = flat.inner(scores[-1])
-        torch.sum(u.mul_(e), 0, out=new).div_(total).sub_(step)
-        flat.border(new).copy_(far)
-        new[0] = 0
-    pi = e.div_(_softly(flat.look_around(scores[-1], u), e))
-    flat.border(pi).zero_()
-    return _flow(pi, steps, flat, u), [pi, step, *scores]
+    "Where the walk is at each step, `(steps, H, W, B)`; and what to keep"
+    far = (-beta*_far(cost, beta)).movedim(0, -1)
+    step = (beta*cost).movedim(0, -1).contiguous()
+    H, W, B = step.shape
+    u, e = (step.new_empty(8, H, W, B) for _ in range(2))
+    scores = far.repeat(n_iter, H + 2, W + 2, 1)
+    scores[0, 1, 1] = 0
+    for before, after in zip(scores, scores[1:, 1:-1, 1:-1]):
+        total = _softly(_look_around(before, u), e)
+        torch.sub(u.mul_(e).sum(0).div_(total), step, out=after)
+        after[0, 0] = 0
+    pi = e.div_(_softly(_look_around(scores[-1], u), e))
+    return _flow(pi, steps, u), (pi, step, scores)
 
 def _softly(u, e):
     "Softmax of `u` but for its denominator, into `e`; returns the denominator"
     torch.sub(u, u.amax(0), out=e).clamp_min_(-50.).exp_()
     return torch.threshold_(e, 2e-22, 0.).sum(0)
 
-def _flow(pi, steps, flat, u):
+def _flow(pi, steps, u):
     "The soft walk from the bottom right corner"
-    zero = pi.new_zeros(flat.B)
-    edged = [flat.padded(zero) for _ in range(8)]
-    for x, own in zip(edged, pi): flat.inner(x).copy_(own)
-    weights = torch.stack([flat.moved(edged[7 - k])[k] for k in range(8)])
-    flat.border(weights).zero_()
-    now, at = flat.padded(zero), [pi.new_zeros(flat.C, flat.B)]
-    at[0][-3] = 1
-    for _ in range(steps - 1):
-        flat.inner(now).copy_(at[-1])
-        at.append(flat.look_around(now, u).mul_(weights).sum(0))
+    edged = F.pad(pi, (0, 0, 1, 1, 1, 1))
+    weights = torch.stack([_near(edged[7 - k])[1 + i, 1 + j]
+                           for k, (i, j) in enumerate(NEIGHBOURS)])
+    edged = pi.new_zeros(steps, *edged.shape[1:])
+    at = edged[:, 1:-1, 1:-1]
+    at[0, -1, -1] = 1
+    for before, after in zip(edged, at[1:]):
+        torch.sum(_look_around(before, u).mul_(weights), 0, out=after)
     return at
 
 # %% ../../nbs/paths/01_relaxed.ipynb #acb8faef
-def _walk_backward(g, at, shape, kept, beta):
+def _walk_backward(g, at, kept, beta):
     "Gradient of the costs, `(B, H, W)`"
-    (pi, step, *scores), flat = kept, _Flat(*shape)
-    u, e, zero = torch.empty_like(pi), torch.empty_like(pi), pi.new_zeros(flat.B)
-    g_pi, g_step, padded = torch.zeros_like(pi), torch.zeros_like(step), flat.padded(
-        zero)
-    now, moved = flat.inner(padded), flat.moved(padded)
+    pi, step, scores = kept
+    u, e = torch.empty_like(pi), torch.empty_like(pi)
+    g_pi, g_step, edged = map(torch.zeros_like, (pi, step, scores[0]))
+    now, near = edged[1:-1, 1:-1], _near(edged)
+    around = [near[1 + i, 1 + j] for i, j in NEIGHBOURS]
     now.copy_(g[-1])
     for k in range(len(at) - 1, 0, -1):
-        flat.border(now).zero_()
-        g_pi.addcmul_(flat.look_around(padded, u), at[k-1])
-        torch.sum(u.mul_(pi), 0, out=now).add_(g[k-1])
+        g_pi.addcmul_(_look_around(edged, u), at[k-1])
+        torch.add(u.mul_(pi).sum(0), g[k-1], out=now)
     torch.mul(g_pi, pi, out=u)
     torch.mul(g_pi.sub_(u.sum(0)), pi, out=u)
-    for before, after in zip(scores[-2::-1], scores[:0:-1]):
-        padded.zero_()
-        for o, own in zip(moved, u): o.add_(own)
-        flat.border(now).zero_(); now[0] = 0
+    for before, after in reversed([*zip(scores, scores[1:, 1:-1, 1:-1])]):
+        edged.zero_()
+        for o, own in zip(around, u): o.add_(own)
+        now[0, 0] = 0
         g_step.sub_(now)
-        now.div_(_softly(flat.look_around(before, u), e))
-        u.sub_((flat.inner(after) + step).sub_(1)).mul_(e).mul_(now)
-    return flat.grids(g_step)*beta
+        now.div_(_softly(_look_around(before, u), e))
+        u.sub_((after + step).sub_(1)).mul_(e).mul_(now)
+    return g_step.movedim(-1, 0)*beta
 
 # %% ../../nbs/paths/01_relaxed.ipynb #06634162
 class _Walk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost, beta, n_iter, steps):
-        at, kept = _walk_forward(cost, beta, n_iter, steps)
-        ctx.settings = beta, n_iter, steps
-        ctx.save_for_backward(cost, *at, *kept)
-        return tuple(at)
+    def forward(ctx, cost, *settings):
+        at, kept = _walk_forward(cost, *settings)
+        ctx.settings = settings
+        ctx.save_for_backward(cost, at, *kept)
+        return at.movedim(-1, 1)
 
     @staticmethod
-    def backward(ctx, *g):
-        cost, *kept = ctx.saved_tensors
-        settings, again = ctx.settings, torch.is_grad_enabled()
-        at, kept = kept[:len(g)], kept[len(g):]
-        if not again and not in_transform(g[0]):
-            first = _walk_backward(g, at, cost.shape, kept, settings[0])
-            return first, None, None, None
-        with torch.enable_grad(): plain = _plain_walk(cost, *settings)
-        g = [_Flat(*cost.shape).grids(o) for o in g]
-        first, = torch.autograd.grad(plain[1:], cost, g[1:], create_graph=again)
+    def backward(ctx, g):
+        (cost, at, *kept), settings = ctx.saved_tensors, ctx.settings
+        again = torch.is_grad_enabled()
+        if again or in_transform(g):
+            with torch.enable_grad(): at = _plain_walk(cost, *settings)
+            first, = torch.autograd.grad(at, cost, g, create_graph=again)
+        else: first = _walk_backward(g.movedim(1, -1), at, kept, settings[0])
         return first, None, None, None
 
 def _soft_walk(cost, beta, n_iter, steps):
-    "Where the walk is at each step, and what makes grids `(B, H, W)` of that"
+    "Where the walk is at each step, `(steps, B, H, W)`"
     plain = in_transform(cost) or not cost.numel() or min(n_iter, steps) < 2
-    if plain: return _plain_walk(cost, beta, n_iter, steps), lambda x: x
-    return _Walk.apply(cost, beta, n_iter, steps), _Flat(*cost.shape).grids
+    return (_plain_walk if plain else _Walk.apply)(cost, beta, n_iter, steps)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #82a5279a
 def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "B H W"]:
@@ -205,11 +172,10 @@ def relaxed_bellman_ford(
     choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     H, W = cost.shape[-2:]
     n = H + W if n is None else n
-    at, grids = _soft_walk(widened(cost).reshape(-1, H, W), beta, n,
-                           n if loop == "for" else n + 16)
-    tracked = list(itertools.accumulate(at, _T_CONORMS[t_conorm]))
-    path = grids(tracked[-1]) if loop == "for" else _while_mean(
-        grids(torch.stack(tracked)), beta)
+    steps = n if loop == "for" else n + 16
+    at = _soft_walk(widened(cost).reshape(-1, H, W), beta, n, steps)
+    tracked = list(itertools.accumulate(at.unbind(), _T_CONORMS[t_conorm]))
+    path = tracked[-1] if loop == "for" else _while_mean(torch.stack(tracked), beta)
     return path.reshape(cost.shape).to(cost.dtype)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #d8e30603

@@ -47,12 +47,8 @@ def _mean(y, noise, f, centred, e):
     return f.mean(1) + (centred*r.reshape(*r.shape, *[1]*(f.ndim - 2))).mean(1)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #dabab880
-def _weighted_hessian(
-    weight:Float[Tensor, "N S"],  # Weight of each sample
-    e:Float[Tensor, "N S m"],     # Standard noise
-    noise:Noise,                  # Its size and distribution
-) -> Float[Tensor, "N m m"]:      # Mean of weight · (s sᵀ + diag κ)/σ²
-    "Score-function estimate of a Hessian"
+def _weighted_hessian(weight:Float[Tensor, "N S"], e:Float[Tensor, "N S m"], noise):
+    "Mean of weight · (s sᵀ + diag κ)/σ² over the samples, `(N, m, m)`"
     kind, weight = noise.kind, weight[..., None]
     s = kind.score(e)
     outer = torch.einsum("nsi,nsj->nij", weight*s, s)
@@ -68,20 +64,11 @@ class SmoothedLoss(AsCode):
 
     def __post_init__(self): check_noise(self.noise)
 
-    def __call__(
-        self,
-        y:Float[Tensor, "N ..."], # Outputs
-        *args,                    # Further arguments; those with N rows are repeated
-    ) -> Float[Tensor, "N"]:      # One value for each sample
-        "Loss of each sample, differentiable to any order"
+    def __call__(self, y:Float[Tensor, "N ..."], *args) -> Float[Tensor, "N"]:
+        "Loss of each sample, differentiable to any order; rows of `args` are repeated"
         return _mean(y, self.noise, *self._losses(y, args))
 
-    def derivatives(
-        self,
-        y:Float[Tensor, "N m"],  # Outputs
-        *args,                   # Further arguments of the loss
-        hessian:bool=True,       # Hessians too?
-    ) -> tuple:                  # Losses, gradients, Hessians or None
+    def derivatives(self, y:Float[Tensor, "N m"], *args, hessian:bool=True) -> tuple:
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
         (f, centred, e), noise = self._losses(y, args), self.noise
         s, scale = noise.kind.score(e), e.shape[1]*noise.sigma
@@ -108,23 +95,14 @@ class SmoothedAlgorithmLoss(AsCode):
 
     def __post_init__(self): check_noise(self.noise)
 
-    def __call__(
-        self,
-        y:Float[Tensor, "N m"],  # Outputs
-        *args,                   # Further arguments of the loss
-    ) -> Float[Tensor, "N"]:     # One value for each sample
+    def __call__(self, y:Float[Tensor, "N m"], *args) -> Float[Tensor, "N"]:
         "Loss of each sample, differentiable"
         a = smoothed_algorithm(self.algorithm, y, self.noise)
         return sample_losses(self.loss_fn, a, *args)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #f5c85d6c
 @patch
-def derivatives(
-    self:SmoothedAlgorithmLoss,
-    y:Float[Tensor, "N m"],  # Outputs
-    *args,                   # Further arguments of the loss
-    hessian:bool=True,       # Hessians too?
-) -> tuple:                  # Losses, gradients, Hessians or None
+def derivatives(self:SmoothedAlgorithmLoss, y, *args, hessian:bool=True) -> tuple:
     "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
     noise = self.noise
     a, centred, e = _sample("algorithm", self.algorithm, y, noise)
@@ -179,25 +157,15 @@ class BlackboxLoss(AsCode):
     def __post_init__(self):
         self.lam, self.floor = positive("lam", self.lam), checked_floor(self.floor)
 
-    def __call__(
-        self,
-        y:Float[Tensor, "N m"],  # Outputs
-        *args,                   # Further arguments of the loss
-    ) -> Float[Tensor, "N"]:     # One value for each sample
+    def __call__(self, y:Float[Tensor, "N m"], *args) -> Float[Tensor, "N"]:
         "Loss of each sample, differentiable once"
         w = blackbox(self.solver, y, self.lam, self.floor)
         return sample_losses(self.loss_fn, w, *args)
 
-    def derivatives(
-        self,
-        y:Float[Tensor, "N m"],  # Outputs
-        *args,                   # Further arguments of the loss
-        hessian:bool=True,       # Must be False
-    ) -> tuple:                  # Losses, gradients, None
-        "Losses `(N,)` and gradients `(N, m)`; there is no Hessian"
-        if hessian: raise ValueError(
-            "loss_fn: blackbox differentiation has no second derivative; use "
-            "curvature='fisher'")
+    def derivatives(self, y:Float[Tensor, "N m"], *args, hessian:bool=True) -> tuple:
+        "Losses `(N,)` and gradients `(N, m)`; there is no Hessian (`hessian=False`)"
+        if hessian: raise ValueError("loss_fn: blackbox differentiation has no second "
+                                     "derivative; use curvature='fisher'")
         y = y.detach().requires_grad_()
         loss = self(y, *args)
         return loss.detach(), torch.autograd.grad(loss.sum(), y)[0], None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.solves import choice, number
 from ..lab.data import cache_dir as cache_folder, need
-from .exact import cost_optimality, path_cost, shortest_path
+from .exact import cost_optimality, shortest_path
 
 # %% ../../nbs/paths/04_terrain.ipynb #7c3e9fd6
 TERRAINS = {name: float(np.float16(cost)) for name, cost in # Costs of the terrains
@@ -91,19 +91,15 @@ def _stretch(field, tile) -> np.ndarray:
 _PALETTE = np.array([[94, 130, 56], [134, 112, 68], [66, 98, 46], [58, 92, 104],
                      [118, 112, 98]], np.int32)
 
-def _colours(seed, start, n) -> tuple[np.ndarray, np.ndarray]:
-    "Colours `(n, 5, 3)` of each map, and its light `(n, 3)`; 256 is normal"
-    x = _random_bytes((24,), seed, start, n, 2).astype(np.int32) - 128
-    palette = _PALETTE + (16*x[:, :5, None] + 9*x[:, 5:20].reshape(n, 5, 3))//128
-    return palette, 256 + (80*x[:, 20:21] + 18*x[:, 21:])//128
-
 # %% ../../nbs/paths/04_terrain.ipynb #6caaa854
 def _paint(pixels, shade, seed, start, tile) -> np.ndarray:
     "Put colour on the textures: `(n, 3, P, P)` bytes; overwrites `shade`"
     n, side = len(pixels), pixels.shape[1]//tile + 5
-    palette, light = _colours(seed, start, n)
-    fields = _stretch(_noise(_random_bytes((2, side, side), seed, start, n, 3), 4, 4),
-                      tile)
+    x = _random_bytes((24,), seed, start, n, 2).astype(np.int32) - 128
+    palette = _PALETTE + (16*x[:, :5, None] + 9*x[:, 5:20].reshape(n, 5, 3))//128
+    light = 256 + (80*x[:, 20:21] + 18*x[:, 21:])//128
+    corners = _noise(_random_bytes((2, side, side), seed, start, n, 3), 4, 4)
+    fields = _stretch(corners, tile)
     shade += fields[:, 0]*24//128
     shade[:, 1:] -= (pixels[:, 1:] != pixels[:, :-1])*np.int32(18)
     which, out = pixels + 5*np.arange(n)[:, None, None], np.empty(
@@ -122,7 +118,18 @@ class Maps:
     paths:Float[Tensor, "N H W"]    # 1 on the cheapest path, 0 elsewhere, float32
     source:str                      # Where the maps come from, in words
 
-    def __post_init__(self): _check_maps(self)
+    def __post_init__(self):
+        (n, *_, side), grid = self.images.shape, self.costs.shape[1:]
+        tiles, pixels = (torch.float32, (n, *grid)), (torch.uint8, (n, 3, side, side))
+        wanted = dict(images=pixels, costs=tiles, paths=tiles)
+        for name, (dtype, shape) in wanted.items():
+            x = getattr(self, name)
+            if (x.dtype, x.shape) != (dtype, shape): raise ValueError(
+                f"{name}: expected {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
+        if not n or len(grid) != 2 or any(not k or side % k for k in grid):
+            raise ValueError(f"costs: expected grids (N, H, W) that cut {side} pixels "
+                             f"into tiles, got {tuple(self.costs.shape)}")
+
     def __len__(self): return len(self.images)
     def __getitem__(self, index): return self._each(lambda x: x[index])
 
@@ -133,21 +140,6 @@ class Maps:
     def _each(self, f):
         return replace(self, images=f(self.images), costs=f(self.costs),
                        paths=f(self.paths))
-
-# %% ../../nbs/paths/04_terrain.ipynb #0626c99a
-def _check_maps(o):
-    "Raise a `ValueError` unless these are pictures, costs and paths of the same maps"
-    (n, *_, side), grid = o.images.shape, o.costs.shape[1:]
-    wanted = dict(images=(torch.uint8, (n, 3, side, side)),
-                  costs=(torch.float32, (n, *grid)), paths=(torch.float32, (n, *grid)))
-    for name, (dtype, shape) in wanted.items():
-        x = getattr(o, name)
-        if (x.dtype, x.shape) != (dtype, shape): raise ValueError(
-            f"{name}: expected {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
-    if not n or len(grid) != 2 or any(not k or side % k for k in grid):
-        raise ValueError(
-        f"costs: expected grids (N, H, W) that cut {side} pixels into tiles, "
-        f"got {tuple(o.costs.shape)}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #8c9d6f9a
 TERRAIN_VERSION = 1 # Raised when the same seed would give another map
@@ -196,14 +188,14 @@ def _find_folder(data_dir, size) -> Path:
         f"{', '.join(missing[folder])}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #410d705f
-def _read_part(folder, part, source) -> Maps:
+def _read_part(folder, part) -> Maps:
     "Read and check the three files of one part"
     types = dict(maps=None, vertex_weights=np.float32, shortest_paths=np.float32)
     try:
         images, costs, paths = (
             torch.from_numpy(np.array(np.load(f'{folder/part}_{kind}.npy'), dtype))
             for kind, dtype in types.items())
-        maps = Maps(images.movedim(-1, 1).contiguous(), costs, paths, source)
+        maps = Maps(images.movedim(-1, 1).contiguous(), costs, paths, '')
         wrong = (~cost_optimality(costs, paths)).nonzero()
     except Exception as e: raise ValueError(f"{folder/part}_*.npy: {e}") from e
     if len(wrong): raise ValueError(
@@ -219,7 +211,7 @@ def warcraft(
     "Read the official Warcraft files, and check them"
     folder, mark = _find_folder(data_dir, size), hashlib.sha256()
     for name in _FILES: mark.update((folder/name).read_bytes())
-    parts = {name: _read_part(folder, part, '') for name, part in _PARTS.items()}
+    parts = {name: _read_part(folder, part) for name, part in _PARTS.items()}
     grids = {'x'.join(map(str, m.costs.shape[1:])) for m in parts.values()}
     if len(grids) > 1:
         raise ValueError(f"{folder}: expected maps of one size, got {grids}")
@@ -229,13 +221,12 @@ def warcraft(
 # %% ../../nbs/paths/04_terrain.ipynb #4292ffdc
 def _extract(archive, folder):
     "Take the nine files of one size out of the archive: all of them or none"
-    wanted = {(folder.name, name) for name in _FILES}
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         with tarfile.open(archive) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
-                place = Path(member.name).parts[-2:]
-                if place not in wanted: continue
-                with open(f'{tmp}/{place[1]}', 'wb') as to:
+                path = Path(member.name)
+                if path.parent.name != folder.name or path.name not in _FILES: continue
+                with open(f'{tmp}/{path.name}', 'wb') as to:
                     shutil.copyfileobj(tar.extractfile(member), to)
         missing = [name for name in _FILES if not Path(tmp, name).exists()]
         if missing: raise ValueError(
@@ -243,7 +234,6 @@ def _extract(archive, folder):
         folder.mkdir(exist_ok=True)
         for name in _FILES: os.replace(f'{tmp}/{name}', folder/name)
 
-# %% ../../nbs/paths/04_terrain.ipynb #7166a9ec
 _ARCHIVE = dict(url='https://edmond.mpg.de/api/access/datafile/102059',
                 known_hash='md5:acea5ea60a47664ff189923a84814e96')
 

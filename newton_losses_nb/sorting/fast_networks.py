@@ -110,7 +110,7 @@ def _slopes(c, relaxation, steepness, order=2):
 # %% ../../nbs/sorting/02_fast_networks.ipynb #d5a88e42
 def _backward(g, D, network, relaxation, steepness):
     "Gradient in the scores from the gradient in P"
-    N, n = g.shape[:2]
+    N, n, _ = g.shape
     groups, sign = _plan(n, network, g.device, g.dtype)
     c = D[..., n]*sign
     w = SIGMOIDS[relaxation][0](-steep(c, relaxation, steepness)).unsqueeze(-1)
@@ -167,19 +167,17 @@ def _scores_back(n, groups, keep, push):
         high -= m
     return Y, D
 
-# %% ../../nbs/sorting/02_fast_networks.ipynb #a83821aa
-def _shares(C, r, delta):
-    return (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
-
-def _log_backward(G, kept, network, relaxation, steepness):
-    "Gradient in the scores from one in log P, which is overwritten"
+def _log_backward(g, kept, network, relaxation, steepness, order=1):
+    "Gradient in the scores from one in log P, and what a Hessian needs (`order` 2)"
+    (C, r, delta), G = kept, _swapped(g)
     groups, sign = _plan(len(G), network, G.device, G.dtype)
-    W = _shares(*kept)
-    stay, swap = _weights_back(G, groups, W, torch.zeros_like(W))
-    C = kept[0]
-    a1, p1, q1 = _slopes(C, relaxation, steepness, 1)
+    W = (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
+    M = torch.zeros_like(W)
+    p, q = _weights_back(G, groups, W, M)
+    a1, p1, q1, *_ = slopes = _slopes(C, relaxation, steepness, order)
     keep = SIGMOIDS[relaxation][0](-steep(C, relaxation, steepness)) - a1*C
-    return _scores_back(len(G), groups, keep, (stay*p1 + swap*q1)*sign)[0].T
+    Y, D = _scores_back(len(G), groups, keep, (p*p1 + q*q1)*sign)
+    return Y.T, (W, M, p, q, slopes, keep, D)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #b36a6c0d
 class _Network(torch.autograd.Function):
@@ -196,7 +194,7 @@ class _Network(torch.autograd.Function):
         again, fast = torch.is_grad_enabled(), None
         if not in_transform(g):
             with torch.no_grad():
-                if log: fast = _log_backward(_swapped(g), kept, *settings)
+                if log: fast, _ = _log_backward(g, kept, *settings)
                 else: fast = _backward(g, *kept, *settings)
             if not again: return fast, None, None, None, None
         with torch.enable_grad(): P = plain_network(x, *settings, log)
@@ -270,8 +268,7 @@ def network_derivatives(
     relaxation:str="logistic",          # As in `sorting_network`
     steepness:float=10.,                # Inverse temperature β, per unit of the scores
     hessian:bool=True,                  # Second derivatives too?
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n"],
-           Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
+) -> tuple: # Losses (*batch,), gradients (*batch, n), Hessians (*batch, n, n) or None
     "Ranking loss behind a sorting network with its exact derivatives, for each sample"
     x = _scores(s.detach(), relaxation, steepness)
     dtype, shape, n = x.dtype, x.shape, x.shape[-1]
@@ -279,31 +276,27 @@ def network_derivatives(
     check_ranking((*shape, n), P_true, choice("kind", kind, ("cross_entropy", "bce")),
                   x.device)
     x, T = x.reshape(-1, n), P_true.detach().to(x.dtype).reshape(-1, n, n)
-    L, kept = _log_forward(x, network, relaxation, steepness)
+    settings = network, relaxation, steepness
+    L, kept = _log_forward(x, *settings)
     loss, G = ranking_gradient(L.transpose(0, 1), T, kind)
-    G, settings = _swapped(G), (network, relaxation, steepness)
-    if hessian: Y, H = _second_order(L, G, T.transpose(0, 1), kind, kept, *settings)
-    else: Y, H = _log_backward(G, kept, *settings), None
-    H = H.reshape(*shape, n).to(s.dtype) if hessian else None
-    loss = loss.reshape(shape[:-1]).to(dtype)
-    return loss, Y.reshape(shape).to(s.dtype), H
+    Y, more = _log_backward(G, kept, *settings, 2 if hessian else 1)
+    loss, Y = loss.reshape(shape[:-1]).to(dtype), Y.reshape(shape).to(s.dtype)
+    if not hessian: return loss, Y, None
+    H = _hessian(L, T.transpose(0, 1), kind, kept[0], more, *settings)
+    return loss, Y, H.reshape(*shape, n).to(s.dtype)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #878fcab7
-def _second_order(L, G, T, kind, kept, network, relaxation, steepness):
-    "Gradient and Hessian in the scores from log P and its gradient"
-    n, C, wide = len(L), kept[0], lambda o: o.unsqueeze(1)
+def _hessian(L, T, kind, C, more, network, relaxation, steepness):
+    "Hessian in the scores from log P and what `_log_backward` found"
+    n, (W, M, p, q, slopes, keep, D), wide = len(L), more, lambda o: o.unsqueeze(1)
+    a1, p1, q1, a2, p2, q2 = slopes
     groups, sign = _plan(n, network, L.device, L.dtype)
-    a1, p1, q1, a2, p2, q2 = _slopes(C, relaxation, steepness)
     kappa = SIGMOIDS[relaxation][0](steep(C, relaxation, steepness)) + a1*C
-    W = _shares(*kept)
     dC = _score_tangents(n, groups, sign, kappa)
     dL, E = _weight_tangents(n, groups, W, wide(p1)*dC, wide(q1)*dC)
     dG = _loss_tangents(L, T, kind, dL)
-    M = torch.zeros_like(W)
-    p, q = _weights_back(G, groups, W, M)
     dp, dq = _weights_back(dG, groups, W.unsqueeze(2), E.mul_((M - M*W).unsqueeze(2)))
-    Y, D = _scores_back(n, groups, 1 - kappa, (p*p1 + q*q1)*sign)
     push = (wide(p1)*dp + wide(q1)*dq
             + wide(p*p2 + q*q2)*dC)*wide(sign) + wide((2*a1 + a2*C)*D)*dC
-    H, _ = _scores_back(n, groups, wide(1 - kappa), push)
-    return Y.T, torch.cat([H, -H.sum(1, keepdim=True)], 1).permute(2, 0, 1)
+    H, _ = _scores_back(n, groups, wide(keep), push)
+    return torch.cat([H, -H.sum(1, keepdim=True)], 1).permute(2, 0, 1)

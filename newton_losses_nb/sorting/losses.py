@@ -49,28 +49,20 @@ class SortingLoss(nn.Module):
 
     @property
     def derivatives(self):
-        "`derivatives(s, P_true, hessian=True)`, in log space and where no method is new"
+        "`derivatives(s, P_true, hessian=True)`, in log space, where no method is new"
         names, own = ("forward", "permutation"), type(self)
         same = all(getattr(own, o) is getattr(SortingLoss, o) for o in names)
         if self.log and same: return self._derivatives
         raise AttributeError("derivatives")
 
-    def permutation(
-        self,
-        s:Float[Tensor, "*batch n"],     # Scores
-        log:bool=False,                  # Return logarithms?
-    ) -> Float[Tensor, "*batch n n"]:    # Rows sum to one
-        "Relaxed permutation matrix of the scores"
+    def permutation(self, s:Float[Tensor, "*batch n"], log:bool=False) -> Tensor:
+        "Relaxed permutation matrix of the scores, or with `log` its logarithm"
         if self.relaxation == "neural_sort": return neural_sort(s, self.tau, log)
         if self.relaxation == "soft_sort": return soft_sort(s, self.tau, log)
         return sorting_network(s, self.network, self.relaxation, self.steepness, log)
 
-    def forward(
-        self,
-        s:Float[Tensor, "*batch n"],         # Scores
-        P_true:Float[Tensor, "*batch n n"],  # From `true_permutation`
-    ) -> Float[Tensor, "*batch"]:            # One value for each set
-        "Loss of every sample"
+    def forward(self, s:Float[Tensor, "*batch n"], P_true:Tensor) -> Tensor:
+        "Loss of every sample; `P_true`, `(*batch, n, n)`, is from `true_permutation`"
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 
     def extra_repr(self):
@@ -79,22 +71,16 @@ class SortingLoss(nn.Module):
         return f"{self.relaxation!r}, kind={self.kind!r}, {scale}"
 
 # %% ../../nbs/sorting/03_losses.ipynb #463cee40
-def _cross_entropy_rows(
-    L:Float[Tensor, "n n N"],  # Logits
-    T:Float[Tensor, "n n N"],  # True permutation
-) -> tuple:                    # Losses, gradients, diagonals, U, weights
-    "Cross-entropy of row-softmax weights, with derivatives in the logits"
+def _cross_entropy_rows(L:Float[Tensor, "n n N"], T:Float[Tensor, "n n N"]) -> tuple:
+    "Cross-entropy of logits: losses, gradients, δ, rows U, their weights"
     log_P, r = L.log_softmax(1), T.sum(1, keepdim=True)
     P = log_P.exp()
     rP = r*P
     return -(T*log_P).sum((0, 1)), rP - T, rP, P, lambda X: -r*X
 
 # %% ../../nbs/sorting/03_losses.ipynb #b9891a29
-def _bce_rows(
-    L:Float[Tensor, "n n N"],  # Logits
-    T:Float[Tensor, "n n N"],  # True permutation
-) -> tuple:                    # Losses, gradients, diagonals, U, weights
-    "Binary cross-entropy of row-softmax weights, with derivatives in the logits"
+def _bce_rows(L:Float[Tensor, "n n N"], T:Float[Tensor, "n n N"]) -> tuple:
+    "Binary cross-entropy of logits: losses, gradients, δ, rows U, their weights"
     n, (best, place) = len(L), L.max(1, keepdim=True)
     top = place == torch.arange(n, device=L.device)[:, None]
     second = L.masked_fill(top, -torch.inf).amax(1, keepdim=True)
@@ -160,15 +146,11 @@ def _soft_derivatives(z, T, rows, hessian):
 # %% ../../nbs/sorting/03_losses.ipynb #bf38102d
 _SOFTMAX = {"neural_sort": _neural_derivatives, "soft_sort": _soft_derivatives}
 _ROWS = {"cross_entropy": _cross_entropy_rows, "bce": _bce_rows}
+_fused = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 @patch
-def _derivatives(
-    self:SortingLoss,
-    s:Float[Tensor, "N n"],         # Scores
-    P_true:Float[Tensor, "N n n"],  # True permutation matrices
-    hessian:bool=True,              # Second derivatives too?
-) -> tuple: # Losses (N,), gradients (N, n), and Hessians (N, n, n) or None
-    "Losses, gradients, and Hessians if wanted"
+def _derivatives(self:SortingLoss, s, P_true, hessian:bool=True) -> tuple:
+    "Losses `(N,)`, gradients `(N, n)` and Hessians `(N, n, n)` (or None)"
     if self.relaxation not in _SOFTMAX:
         return network_derivatives(s, P_true, self.kind, self.network, self.relaxation,
                                    self.steepness, hessian)
@@ -185,9 +167,6 @@ def _derivatives(
     H = H.permute(2, 0, 1)/(entries*self.tau**2) if hessian else None
     return loss/entries, G.mT/(entries*self.tau), H
 
-# %% ../../nbs/sorting/03_losses.ipynb #35ccf39e
-_fused = functools.cache(functools.partial(torch.compile, dynamic=False))
-
 # %% ../../nbs/sorting/03_losses.ipynb #fab073be
 def exact_match(
     scores:Float[Tensor, "*batch n"], # Predicted scores
@@ -203,7 +182,6 @@ def element_match(
     "Share of places at which scores and labels put the same element"
     return _same_place(scores, labels).to(widened(scores).dtype).mean(-1)
 
-# %% ../../nbs/sorting/03_losses.ipynb #59df15de
 def _same_place(scores, labels):
     if scores.shape != labels.shape:
         raise ValueError(f"labels: expected the shape of scores, "

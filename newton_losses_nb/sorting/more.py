@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.derivatives import widened
 from ..core.solves import number, positive
-from .relaxations import centred, log_sigmoid
+from .relaxations import centred, log_sigmoid, neural_logits
 
 # %% ../../nbs/sorting/04_more.ipynb #33e05a60
 def expected_ranks(
@@ -26,12 +26,7 @@ def expected_ranks(
     return (rank.unsqueeze(-1)*P).sum(-2)
 
 # %% ../../nbs/sorting/04_more.ipynb #78e553ae
-def _transport_start(z):
-    n = z.shape[-1]
-    anchor = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device)
-    d = z.unsqueeze(-1) - z.unsqueeze(-2)
-    return anchor.unsqueeze(-1)*z.unsqueeze(-2) - (d - log_sigmoid(2*d)).sum(
-        -1).unsqueeze(-2)
+def _transport_start(z): return neural_logits(z, lambda d: d - log_sigmoid(2*d))
 
 def _sinkhorn(L, n_iter):
     for _ in range(n_iter): L = L.log_softmax(-1).log_softmax(-2)
