@@ -13,7 +13,6 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -45,23 +44,15 @@ def _states(root, kinds, limit=10_000):
         if isinstance(o, torch.Generator): yield o.get_state, o.set_state
         if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
-def _fixed_noise(root, device):
-    "A context: generators and buffers in `root` as they are now, the global ones at 0"
+def _noise(root, device):
+    "The global generators; what reads and what sets them and all that is in `root`"
     known, kinds = [torch.default_generator, random._inst], [random.Random]
     if np := sys.modules.get("numpy"):
         known.append(np.random.mtrand._rand)
         kinds += [np.random.RandomState, np.random.BitGenerator]
     if device.type == "cuda":
         known.append(torch.cuda.default_generators[device.index or 0])
-    states = list(_states((known, root), tuple(kinds)))
-    @contextmanager
-    def fixed():
-        before = [(put, get()) for get, put in states]
-        for o in known: getattr(o, "manual_seed", o.seed)(0)
-        try: yield
-        finally:
-            for put, state in before: put(state)
-    return fixed
+    return known, list(_states((known, root), tuple(kinds)))
 
 # %% ../../nbs/core/07_check.ipynb #8f544ad9
 class _Probe:
@@ -71,16 +62,20 @@ class _Probe:
             real = isinstance(a, Tensor) and a.is_floating_point()
             return a.detach().to(dtype or a.dtype) if real else a
         self.loss_fn, (self.y, *self.args) = loss_fn, map(cast, (y, *args))
-        self.fixed_noise = _fixed_noise((loss_fn, args), y.device)
+        self.generators, self.states = _noise((loss_fn, args), y.device)
         draw = torch.Generator().manual_seed(0)
         V = torch.randn(4, *y.shape, generator=draw, dtype=torch.double, device="cpu")
         self.V = V.to(self.y)                        # directions
 
     @torch.no_grad()
     def call(self, f, y):
-        "`f` on copies"
+        "`f` on copies, with global generators at 0; afterwards all noise is as before"
         args = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
-        with self.fixed_noise(): return f(y.clone(), *args)
+        before = [(put, get()) for get, put in self.states]
+        for o in self.generators: getattr(o, "manual_seed", o.seed)(0)
+        try: return f(y.clone(), *args)
+        finally:
+            for put, state in before: put(state)
 
     def values(self, y): return self.call(self.loss_fn, y).detach()
 
