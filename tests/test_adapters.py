@@ -415,6 +415,12 @@ def test_each_method_has_its_own_number():
     _, _, newton, whitened = report["Newton direction"].value
     assert newton < whitened and report.why.index(f"{newton:.2f}") < report.why.index(f"{whitened:.2f} times")
 
+def test_squares_that_underflow():
+    "A report, no error, where squares of gradients are zero"
+    y, t = batch(20)
+    report = check_loss(lambda y, t: 1e-200*square(y, t), y, t)
+    assert not report.ok and report.line == "NormalizedLoss(loss_fn)"
+
 def test_one_output_is_a_rescaling():
     y, t = torch.randn(2, 40, 1)
     assert "rescaling" in check_loss(lambda y, t: (y - t).square().sum(1), y, t).why

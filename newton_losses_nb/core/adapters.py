@@ -8,6 +8,7 @@ __all__ = ['per_sample', 'permutation_loss']
 # %% ../../nbs/core/08_adapters.ipynb #174e887c
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +21,39 @@ from ..sorting.losses import ranking_loss, true_permutation
 def _shape(x):
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
-class _PerSample(nn.Module):
-    "What `per_sample` returns"
-    def __init__(self, loss_fn, reduction, check):
+class per_sample(nn.Module):
+    "Undo the reduction of a loss over the batch: the same loss with shape (N,)"
+    def __init__(
+        self,
+        loss_fn:Callable,     # Loss that reduces over the batch
+        reduction:str="mean", # How it reduces: "mean" or "sum"
+        check:bool=True,      # Verify at the first call that it does?
+    ):
         super().__init__()
-        self.loss_fn, self.reduction = loss_fn, reduction
-        self.check, self.loop = check, False
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a function, got {_shape(loss_fn)}")
+        self.loss_fn, self.check, self.loop = loss_fn, check, False
+        self.reduction = choice("reduction", reduction, ("mean", "sum"))
 
     def forward(self, y, *args):
-        "Loss of every sample"
+        "Loss of every sample; at first, is it what the loss of the batch is made of?"
         if y.ndim == 0 or len(y) == 0: raise ValueError(
             f"y: expected at least one sample, got {_shape(y)}")
         loss = self.every(y, *args)
-        if self.check: self.verify(loss.detach(), self.loss_fn(y, *args).detach())
+        if not self.check: return loss
+        found, whole = getattr(loss, self.reduction)().detach(), self.loss_fn(y, *args)
+        if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"reduction: expected the {self.reduction} of the samples' losses, "
+                f"{found.item():.6g}, for the batch, got {whole.sum().item():.6g} (the "
+                "other reduction? weights, an ignored class, statistics of the batch, "
+                "noise?); check=False accepts it")
         self.check = False
         return loss
 
     def every(self, *given):
         "By vmap, or by a loop from the first time that vmap fails"
-        N = len(given[0])
-        cut = [True, *of_samples(given[1:], [N])]
+        cut = [True, *of_samples(given[1:], [len(given[0])])]
         def one(*row):
             loss = self.loss_fn(*[a[None] if c else a for a, c in zip(row, cut)])
             if isinstance(loss, Tensor) and loss.numel() == 1: return loss.reshape(())
@@ -48,31 +62,10 @@ class _PerSample(nn.Module):
         with suppress(Exception):
             dims = tuple(0 if c else None for c in cut)
             if not self.loop: return torch.func.vmap(one, dims)(*given)
-        loss = torch.stack([one(*[a[i] if c else a for a, c in zip(given, cut)])
-                            for i in range(N)])
+        rows = zip(*[a if c else repeat(a) for a, c in zip(given, cut)])
+        loss = torch.stack([one(*row) for row in rows])
         self.loop = True
         return loss
-
-    def verify(self, loss, whole):
-        "Raise if the loss of the batch is not what it should be"
-        found = getattr(loss, self.reduction)()
-        if not torch.allclose(whole.to(found.dtype), found, rtol=1e-3, atol=1e-6):
-            raise ValueError(
-                f"reduction: expected the {self.reduction} of the samples' losses, "
-                f"{found.item():.6g}, for the batch, got {whole.sum().item():.6g} (the "
-                "other reduction? weights, an ignored class, statistics of the batch, "
-                "noise?); check=False accepts it")
-
-# %% ../../nbs/core/08_adapters.ipynb #273a8bdf
-def per_sample(
-    loss_fn:Callable,       # Loss that reduces over the batch
-    reduction:str="mean",   # How it reduces: "mean" or "sum"
-    check:bool=True,        # Verify at the first call that it does?
-) -> nn.Module:             # The same loss with shape (N,)
-    "Undo the reduction of a loss over the batch"
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
-    return _PerSample(loss_fn, choice("reduction", reduction, ("mean", "sum")), check)
 
 # %% ../../nbs/core/08_adapters.ipynb #a9322aed
 _CONVENTIONS = (("rows", False), ("rows", True), ("columns", False), ("columns", True))
@@ -91,7 +84,6 @@ def _matrix(relax, s):
     raise ValueError(f"relax: expected a matrix of shape {shape}, or a tuple that ends "
                      f"with one, got {_shape(P)}")
 
-# %% ../../nbs/core/08_adapters.ipynb #7e59302b
 @torch.no_grad()
 def _convention(relax, y, log):
     "(positions, descending) of a relaxed sort, from what it does with known orders"
@@ -112,10 +104,24 @@ def _convention(relax, y, log):
                      "or 'columns' and descending=True or False")
 
 # %% ../../nbs/core/08_adapters.ipynb #e85a21d9
-class _PermutationLoss(nn.Module):
-    "What `permutation_loss` returns"
-    def __init__(self, relax, loss, positions, descending, log):
+class permutation_loss(nn.Module):
+    "Make a per-sample loss of any relaxed sort"
+    def __init__(
+        self,
+        relax:Callable,  # Scores (N, n) to permutations (N, n, n), or a tuple ending so
+        loss:str|Callable="cross_entropy", # Kind of `ranking_loss`, or f(P, P_true)
+        positions:str="auto",      # Axis of positions: "rows", "columns", or "auto"
+        descending:bool|None=None, # Largest first? Needed unless positions="auto"
+        log:bool=False,            # Does `relax` return log P?
+    ):
         super().__init__()
+        if not callable(relax):
+            raise TypeError(f"relax: expected a function, got {_shape(relax)}")
+        choice("positions", positions, ("auto", "rows", "columns"))
+        if (positions == "auto") != (descending is None): raise ValueError(
+            f"descending: expected True or False with positions='rows' or 'columns', "
+            f"got {descending} with {positions!r}")
+        if not callable(loss): ranking_loss(*[torch.eye(1)]*2, loss)
         self.relax, self.loss, self.log = relax, loss, log
         self.convention = None if positions == "auto" else (positions, descending)
 
@@ -127,21 +133,3 @@ class _PermutationLoss(nn.Module):
         T = true_permutation(target).to(P) if target.ndim == y.ndim else target.to(P)
         if callable(self.loss): return self.loss(P, T)
         return ranking_loss(P, T, self.loss, self.log)
-
-# %% ../../nbs/core/08_adapters.ipynb #d574fd48
-def permutation_loss(
-    relax:Callable,  # Scores (N, n) to permutations (N, n, n), or a tuple that ends so
-    loss:str|Callable="cross_entropy", # Kind of `ranking_loss`, or f(P, P_true)
-    positions:str="auto",      # Axis of positions: "rows", "columns", or "auto"
-    descending:bool|None=None, # Largest first? Needed unless positions="auto"
-    log:bool=False,            # Does `relax` return log P?
-) -> nn.Module:  # Loss of (scores, labels) or (scores, true permutations), shape (N,)
-    "Make a per-sample loss of any relaxed sort"
-    if not callable(relax):
-        raise TypeError(f"relax: expected a function, got {type(relax).__name__}")
-    choice("positions", positions, ("auto", "rows", "columns"))
-    if (positions == "auto") != (descending is None): raise ValueError(
-        f"descending: expected True or False with positions='rows' or 'columns', got "
-        f"{descending} with {positions!r}")
-    if not callable(loss): ranking_loss(*[torch.eye(1)]*2, loss)
-    return _PermutationLoss(relax, loss, positions, descending, log)

@@ -13,8 +13,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -29,71 +28,54 @@ from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
 
 # %% ../../nbs/core/07_check.ipynb #fae74257
-def _reachable(root, limit=10_000):
-    "All objects inside `root`, the near ones first"
-    seen, todo = {}, [root]
-    closed = type, types.ModuleType, Tensor, str, bytes, int, float
+def _states(root, kinds, limit=10_000):
+    "What reads and what sets each generator and buffer inside `root`, near ones first"
+    seen, todo = set(), [root]
+    closed = type, types.ModuleType, Tensor, str, bytes, int, float, random.SystemRandom
     for o in todo:
         if id(o) in seen or isinstance(o, closed) or len(seen) == limit: continue
         if isinstance(o, dict) and "__builtins__" in o: continue
-        seen[id(o)] = o
+        seen.add(id(o))
         todo += gc.get_referents(o)[:1000]
-        if not isinstance(o, types.FunctionType): continue
-        todo += [o.__globals__[n] for n in o.__code__.co_names if n in o.__globals__]
-    return list(seen.values())
+        if isinstance(o, types.FunctionType):
+            todo += [o.__globals__.get(name) for name in o.__code__.co_names]
+        if isinstance(o, nn.Module):
+            for b in o.buffers(recurse=False): yield b.detach().clone, b.data.copy_
+        if isinstance(o, torch.Generator): yield o.get_state, o.set_state
+        if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
-def _states(o):
-    "What reads and what sets each state of `o` that a call may change"
-    if isinstance(o, nn.Module):
-        return [(b.detach().clone, b.data.copy_) for b in o.buffers(recurse=False)]
-    if isinstance(o, torch.Generator): return [(o.get_state, o.set_state)]
-    np, generators = sys.modules.get("numpy"), [random.Random]
-    if np: generators += [np.random.RandomState, np.random.BitGenerator]
-    if isinstance(o, random.SystemRandom) or not isinstance(o, tuple(generators)):
-        return []
-    return [(o.__getstate__, o.__setstate__)]
-
-def _fixed_noise(root, device):
-    "A context: generators and buffers in `root` as they are now, the global ones at 0"
-    known, np = [torch.default_generator, random._inst], sys.modules.get("numpy")
-    if np: known.append(np.random.mtrand._rand)
+def _noise(root, device):
+    "The global generators; what reads and what sets them and all that is in `root`"
+    known, kinds = [torch.default_generator, random._inst], [random.Random]
+    if np := sys.modules.get("numpy"):
+        known.append(np.random.mtrand._rand)
+        kinds += [np.random.RandomState, np.random.BitGenerator]
     if device.type == "cuda":
         known.append(torch.cuda.default_generators[device.index or 0])
-    seeds = [getattr(o, "manual_seed", None) or o.seed for o in known]
-    states = [(get, put, get()) for o in (*known, *_reachable(root))
-              for get, put in _states(o)]
-    @contextmanager
-    def fixed():
-        after = [(put, get()) for get, put, _ in states]
-        for _, put, state in states: put(state)
-        for seed in seeds: seed(0)
-        try: yield
-        finally:
-            for put, state in after: put(state)
-    return fixed
+    return known, list(_states((known, root), tuple(kinds)))
 
 # %% ../../nbs/core/07_check.ipynb #8f544ad9
 class _Probe:
-    "A loss at `y`, with the noise inside it fixed"
-    def __init__(self, loss_fn, y, args=()):
-        self.loss_fn, self.y, self.args = loss_fn, y.detach().clone(), args
-        self.fixed_noise = _fixed_noise((loss_fn, args), y.device)
-        shape, draw = (4, *y.shape), torch.Generator().manual_seed(0)
-        V = torch.randn(shape, generator=draw, dtype=torch.double, device="cpu")
-        self.V = V.to(y)                             # directions
-
-    def to(self, dtype, loss_fn):
-        "The same in another precision"
-        y, *args = [
-            a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in (self.y, *self.args)]
-        return _Probe(loss_fn, y, args)
+    "A loss at `y`, with the noise inside it fixed, in the precision given or another"
+    def __init__(self, loss_fn, y, args=(), dtype=None):
+        def cast(a):
+            real = isinstance(a, Tensor) and a.is_floating_point()
+            return a.detach().to(dtype or a.dtype) if real else a
+        self.loss_fn, (self.y, *self.args) = loss_fn, map(cast, (y, *args))
+        self.generators, self.states = _noise((loss_fn, args), y.device)
+        draw = torch.Generator().manual_seed(0)
+        V = torch.randn(4, *y.shape, generator=draw, dtype=torch.double, device="cpu")
+        self.V = V.to(self.y)                        # directions
 
     @torch.no_grad()
     def call(self, f, y):
-        "`f` on copies"
+        "`f` on copies, with global generators at 0; afterwards all noise is as before"
         args = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
-        with self.fixed_noise(): return f(y.clone(), *args)
+        before = [(put, get()) for get, put in self.states]
+        for o in self.generators: getattr(o, "manual_seed", o.seed)(0)
+        try: return f(y.clone(), *args)
+        finally:
+            for put, state in before: put(state)
 
     def values(self, y): return self.call(self.loss_fn, y).detach()
 
@@ -119,16 +101,15 @@ def _said(e): return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 # %% ../../nbs/core/07_check.ipynb #61f9af39
 def _norm(x): return torch.linalg.vector_norm(x, dim=-1)
+def _rms(x): return float(x.double().square().mean().sqrt())
+def _fine(x, double, single): return double if x.dtype == torch.double else single
 
 def _natural_step(y):
     "How far to move outputs: their size if they are small, its root if large"
-    rms = float(y.double().square().mean().sqrt())
-    return min(rms, rms**0.5) or 1.
+    return min(_rms(y), _rms(y)**0.5) or 1.
 
-def _fine(x, double, single): return double if x.dtype == torch.double else single
-
-def _compare(f, exact, y, V, what="values"):
-    "Does the derivative of f along directions agree with differences? A finding"
+def _compare(f, exact, y, V, what, flat):
+    "Does f's derivative along directions agree with differences? A finding, or `flat`"
     at, unit = f(y), _natural_step(y)
     tiny, h, tol = _fine(y, (3e-8, 3e-6, 1e-3), (1e-4, 1e-2, 5e-2))
     def around(h): return (torch.stack([f(y + s*h*unit*v) for v in V]) for s in (1, -1))
@@ -140,21 +121,20 @@ def _compare(f, exact, y, V, what="values"):
     length, miss = _norm(slope), _norm(slope - exact)
     size = length.maximum(_norm(exact))
     typical = size[size.isfinite()].square().mean().sqrt()
-    off = miss > tol*(size + 1e-3*typical) + floor
-    bent = _norm(ahead + behind - 2*at)/step > 0.05*length + floor
     judged = miss.isfinite() & ((floor < size/2) | (size == 0))
-    pairs = int(judged.sum())
-    if not pairs: return _unknown(
+    if not judged.any(): return _unknown(
         "differences are not finite, or drown in rounding", "unknown")
-    wrong, kink, flat = (int((x & judged).sum())/pairs
-                         for x in (off & ~bent, off & bent, length <= floor))
-    if wrong and flat > 0.9: return _note(f"the {what} are flat", "flat")
+    off = judged & (miss > tol*(size + 1e-3*typical) + floor)
+    bent = _norm(ahead + behind - 2*at)/step > 0.05*length + floor
+    wrong, kink, still = (float(x[judged].double().mean())
+                          for x in (off & ~bent, off & bent, length <= floor))
+    if wrong and still > 0.9: return flat
     tied = (y.sort(1)[0].diff(dim=1) == 0).any(1).double().mean()
     if kink > 0.5 or 0 < wrong <= tied:
         return _note("not judged: kinks (ties in y?); take another y", "kink")
-    among = f" of {pairs} directions" + f", {kink:.0%} at a kink"*(kink > 0)
+    among = f" of {judged.sum()} directions" + f", {kink:.0%} at a kink"*(kink > 0)
     if not wrong: return _ok(f"right in all{among}", "right")
-    worst = int((miss*(off & ~bent & judged)).nan_to_num().amax(0).argmax())
+    worst = int((miss*(off & ~bent)).nan_to_num().amax(0).argmax())
     text = (f"disagrees with differences of the {what} in {wrong:.0%}{among}, most in "
             f"sample {worst}")
     return _problem(text, "wrong") if wrong > 0.05 else _note(text, "mostly right")
@@ -196,10 +176,10 @@ def _ask_repeatable(p):
 # %% ../../nbs/core/07_check.ipynb #574b898a
 def _ask_double(p):
     "From here on the probe is one in float64, if the loss can compute in it"
-    said = []
+    p.narrow, said = _Probe(p.loss_fn, p.y, p.args, torch.float), []
     for change in (lambda f: f, lambda f: copy.deepcopy(f).double()):
         try:
-            wide = p.to(torch.double, change(p.loss_fn))
+            wide = _Probe(change(p.loss_fn), p.y, p.args, torch.double)
             found = wide.values(wide.y).dtype
             if found == torch.double: return vars(p).update(vars(wide))
             said.append(f"returns {found} for it")
@@ -223,10 +203,10 @@ def _ask_finite(p):
     value, p.G = p.values(p.y).isfinite(), p.gradient(p.y)
     p.good = value & p.G.isfinite().all(1)
     if p.good.all(): return
-    bad = (~p.good).nonzero()[:, 0].tolist()
+    name, bad = "gradient" if value.all() else "value", (~p.good).nonzero()[:, 0]
     return (_problem if p.good.any() else _fatal)(
-        f"the {'gradient' if value.all() else 'value'} is NaN or infinite in "
-        f"{len(bad)} of {len(value)} samples, first in sample {bad[0]}", "non-finite")
+        f"the {name} is NaN or infinite in {len(bad)} of {len(value)} samples, first "
+        f"in sample {bad[0]}", "non-finite")
 
 def _ask_independent(p):
     y, n, draw = p.y, len(p.y), torch.Generator().manual_seed(0)
@@ -257,10 +237,9 @@ def _ask_first(p):
     f, exact = (lambda y: p.values(y)[:, None]), (p.G*p.V).sum(-1, keepdim=True)
     if p.found["independent samples"].value == "leak":
         f, exact = (lambda y: p.values(y).sum().view(1, 1)), exact.sum(1, True)
-    found = _compare(f, exact, p.y, p.V)
-    if found.value != "flat": return found
-    return _note("the values are flat, the gradient is not: a surrogate, an estimate "
-                 "from noise, or a mistake", "surrogate")
+    return _compare(f, exact, p.y, p.V, "values", _note(
+        "the values are flat, the gradient is not: a surrogate, an estimate from "
+        "noise, or a mistake", "surrogate"))
 
 def _ask_second(p):
     said, p.HV, noise = None, None, p.found["repeatable"].value
@@ -270,11 +249,11 @@ def _ask_second(p):
     HV = torch.zeros_like(p.V) if said else p.HV
     bad = float((~HV[:, p.good].isfinite()).any(-1).double().mean())
     if bad: return _problem(f"NaN or infinite in {bad:.0%} of directions", "non-finite")
-    found = _compare(p.gradient, HV, p.y, p.V, "gradient")
-    if HV.any(): return found if found.value != "flat" else _note(
+    found = _compare(p.gradient, HV, p.y, p.V, "gradient", _note(
         "the gradient is flat, the Hessian is not: an estimate from noise, or a "
-        "mistake", "estimate")
-    changes = found.value in ("wrong", "mostly right", "flat")
+        "mistake", "estimate"))
+    if HV.any(): return found
+    changes = found.value in ("wrong", "mostly right", "estimate")
     if noise == "noise":
         far = p.gradient(p.y + _natural_step(p.y)*p.V[0])
         changes = changes or (far - p.G).abs().amax() > 1e-6*p.G.abs().amax()
@@ -286,36 +265,34 @@ def _ask_second(p):
 # %% ../../nbs/core/07_check.ipynb #68b108c7
 def _ask_single(p):
     n, off = p.narrow, {}
-    pieces = {"value": (n.values(n.y)[:, None], None),
+    pieces = {"value": (n.values(n.y)[:, None], p.values(p.y)[:, None]),
               "gradient": (n.gradient(n.y), p.G)}
     if p.HV is not None: pieces["Hessian"] = n.products(), p.HV
-    for name, (x, exact) in pieces.items():
-        x = x[..., p.good, :].double()
+    for name, pair in pieces.items():
+        x, exact = both = torch.stack([o[..., p.good, :].double() for o in pair])
         if not x.isfinite().all(): return _problem(
             f"the {name} is NaN or infinite in it: compute the loss in float64",
             f"non-finite {name}")
-        if exact is None: continue
-        both = torch.stack([x, exact[..., p.good, :].double()])
-        size = both.abs().amax().clamp_min(1e-300)
-        off[name] = float(both.diff(dim=0).abs().amax()/size)
+        off[name] = float((x - exact).abs().amax()/both.abs().amax().clamp_min(1e-300))
     if p.y.dtype != torch.double or p.found["repeatable"].value != "ok":
         return _ok("finite in it", "finite")
+    del off["value"]
     text = " and ".join(f"{k} within {o:.0e}" for k, o in off.items()) + " of float64"
     most = max(off.values())
     return (_ok if most < 1e-2 else _note)(text, most)
 
 def _ask_size(p):
     G, loss = p.G[p.good], p.values(p.y)[p.good]
-    rows, rms, p.exploding = _norm(G), float(G.square().mean().sqrt()), 0.
+    rows, rms, p.exploding = _norm(G), _rms(G), False
     if rms == 0: return _problem("zero in every sample: nothing to learn from it", 0.)
     above, some, tiny = loss - loss.amin(), rows > 0, torch.finfo(loss.dtype).tiny
-    p.typical = float(rows[some].median())
-    tail = float(rows.amax())/p.typical
+    longest, p.typical = float(rows.amax()), float(rows[some].median())
+    tail = longest/p.typical
     hard = float(above[rows.argmax()]/above[some].median().clamp_min(tiny))
-    promised = float(rows.amax())*_natural_step(p.y)  # of loss, by a step of some size
-    if promised > 10*float(above.amax()): p.exploding = tail/max(1, hard)
+    promised = longest*_natural_step(p.y)            # of loss, by a step of some size
+    p.exploding = promised > 10*float(above.amax()) and tail > 10*max(1, hard)
     text = f"rms {rms:.3g}; longest row {tail:.3g} times the median"
-    if p.exploding > 10: return _note(
+    if p.exploding: return _note(
         f"{text}, though its loss is an ordinary one: the gradient explodes", rms)
     if tail > 10: return _note(f"{text}: a few samples rule the batch", rms)
     return _ok(text, rms)
@@ -325,21 +302,18 @@ def _by_part(direction, G, rows):
     "Directions of all gradients by the curvature of some"
     return direction(direction.observe(Batch(None, G[rows], None)), G)
 
-def _cosine(A, B):
-    return torch.cosine_similarity(A.flatten(), B.flatten(), 0, 1e-300).item()
-
-def _halves(G, splits):
-    "Random halves of the rows, whatever their order"
+def _halves(G):
+    "Eight random halves of the rows, whatever their order"
     order, draw = _norm(G).argsort(), torch.Generator().manual_seed(0)
-    for _ in range(splits):
-        some = torch.randperm(len(G), generator=draw, device="cpu").to(G.device)
-        yield order[some].tensor_split(2)
+    mixed = (torch.randperm(len(G), generator=draw, device="cpu") for _ in range(8))
+    return [order[i.to(G.device)].tensor_split(2) for i in mixed]
 
 def _turn(G):
     "Cosines: directions and gradients; directions by the curvature of either half"
+    def cosine(A, B): return torch.cosine_similarity(A.ravel(), B.ravel(), 0, 1e-300)
     by = partial(_by_part, Fisher(), G)
-    halves = [_cosine(by(a), by(b)) for a, b in _halves(G, 8)]
-    return _cosine(by(slice(None)), G), sum(halves)/len(halves)
+    halves = [cosine(by(a), by(b)) for a, b in _halves(G)]
+    return float(cosine(by(slice(None)), G)), float(sum(halves)/len(halves))
 
 def _taken(p, direction, rows, others):
     "Most that ten steps take off the loss of `rows`, by the curvature of `others`"
@@ -347,21 +321,20 @@ def _taken(p, direction, rows, others):
     def along(y):
         G = p.gradient(y).where(p.good[:, None], 0).nan_to_num()
         return _by_part(direction, G.double(), others).to(y)
-    y, D = p.y, along(p.y)
-    size = float(y.double().square().mean().sqrt()) or 1.
-    unit = float((size/D[rows].square().mean().sqrt()).log10())
-    near = min((unit + k/3 for k in range(-15, 4)), key=lambda o: value(y - 10.**o*D))
-    found = [value(y - 10.**near*D)]
+    D = along(p.y)
+    unit = float(((_rms(p.y) or 1.)/D[rows].square().mean().sqrt()).log10())
+    tried = (unit + k/3 for k in range(-15, 4))
+    least, near = min((value(p.y - 10.**o*D), o) for o in tried)
     for length in (near, near - 1/3, near - 2/3):
         y = p.y
         for _ in range(10): y = y - 10.**length*along(y)
-        found.append(value(y))
-    return float(p.values(p.y)[rows].mean() - min(found))
+        least = least.minimum(value(y))
+    return float(p.values(p.y)[rows].mean() - least)
 
 def _gains(p):
     "Loss that steps along a direction take, over what steps along the gradient take"
     where = p.good.nonzero()[:, 0]
-    a, b = (where[half] for half in next(_halves(p.G[where], 1)))
+    a, b = (where[half] for half in _halves(p.G[where])[0])
     plain, *taken = [_taken(p, direction, a, b) + _taken(p, direction, b, a)
                      for direction in (Direction(), Fisher(), Whiten())]
     return [max(0., o/plain) if plain > 0 else 1. for o in taken]
@@ -377,57 +350,57 @@ def _ask_direction(p):
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 def _recommend(p):
     "A class, its options, and why"
-    found = {q: f.value for q, f in p.found.items()}
-    def plain(why): return OutputLoss, {}, f"Plain training, the mean of the loss{why}"
-    if found["independent samples"] == "leak": return plain(
+    found, single = {q: f.value for q, f in p.found.items()}, p.found["float32"].verdict
+    samples, kw = found["independent samples"], {}
+    if samples in ("leak", "nonlinear"): kw["check"] = False
+    if found["finite"] == "non-finite": kw["on_nonfinite"] = "skip"
+    def plain(why): return OutputLoss, kw, "Plain training, the mean of the loss" + why
+    if samples == "leak": return plain(
         ", until samples are independent: average outside the loss, or let a sample be "
         "the group that belongs together.")
     if found["float32"] in ("non-finite value", "non-finite gradient"): return plain(
         ", in float64: in float32 the loss is not finite.")
-    if p.exploding > 10 or p.found["float32"].verdict == "note": return _bounded(p)
+    if p.exploding or single == "note":
+        rows = _norm(p.G[p.good]).square()
+        why = "Compute the loss stably (in logarithms, say). Until then, gradients "
+        if rows.amax() <= rows.sum()/2:
+            return NormalizedLoss, kw, why + "divided by their size."
+        return ClippedLoss, dict(max_norm=float(f"{p.typical:.2g}")) | kw, (
+            why + "clipped at their typical length, so that one sample does not rule.")
     if found["first derivative"] == "wrong": return plain(
         ". Mend the gradient first; no direction helps a wrong one.")
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
     turn, _, newton, whitened = found["Newton direction"]
-    control = "If training is slow, compare NormalizedLoss: it changes lengths, at no cost."
+    tip = "If training is slow, compare NormalizedLoss: it changes lengths, at no cost."
     if p.y.shape[1] == 1: return plain(
-        f": with one output a Newton step is a rescaling. {control}")
+        f": with one output a Newton step is a rescaling. {tip}")
     if turn >= 0.9: return plain(
-        f": on this batch the Newton direction is nearly the gradient. {control}")
-    def reduces(gain): return f"reduce the loss {gain:.2f} times as much as gradient steps"
+        f": on this batch the Newton direction is nearly the gradient. {tip}")
+    def reduces(x): return f"reduce the loss {x:.2f} times as much as gradient steps"
     if max(newton, whitened) < 1.2: return plain(
         f": ten Newton steps on the outputs {reduces(newton)}, ten whitened ones "
-        f"{whitened:.2f} times; 1.2 times would count. {control}")
+        f"{whitened:.2f} times; 1.2 times would count. {tip}")
     start = " Train with it from the start: in mid-training it upsets Adam's averages."
-    if newton < whitened: return OutputLoss, dict(direction=Whiten()), (
+    if newton < whitened: return OutputLoss, dict(direction=Whiten()) | kw, (
         f"Whitening, half of a Newton step: ten steps {reduces(whitened)}.{start}")
     why = f"Newton's step turns the gradient, and ten steps {reduces(newton)}.{start}"
-    if found["second derivative"] == "right" and p.found["float32"].verdict == "ok":
+    if found["second derivative"] == "right" and single == "ok":
         why += (" The second derivative is right, so you may also try "
                 "curvature='hessian', eigenvalues='abs'.")
-    return NewtonLoss, {}, why
-
-def _bounded(p):
-    "For a gradient that explodes"
-    rows = _norm(p.G[p.good]).square()
-    why = "Compute the loss stably (in logarithms, say). Until then, gradients "
-    if rows.amax() < rows.sum()/2:
-        return NormalizedLoss, {}, why + "divided by their size."
-    return ClippedLoss, dict(max_norm=float(f"{p.typical:.2g}")), (
-        why + "clipped at their typical length, so that one sample does not rule.")
+    return NewtonLoss, kw, why
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)
 class LossReport:
     "What `check_loss` found out about a loss, and what it recommends"
-    loss_fn:Callable      # The loss
-    about:str             # Which loss and which outputs, in words
-    findings:dict         # A `Finding` for each question
-    make:type=OutputLoss  # The recommended loss: `make(loss_fn, **options)`
-    options:dict=field(default_factory=dict) # Its options
-    why:str=""            # The reason, in a sentence
-    fatal:str|None=None   # Why no loss can be made of it
+    loss_fn:Callable # The loss
+    about:str        # Which loss and which outputs, in words
+    findings:dict    # A `Finding` for each question
+    fatal:str|None   # Why no loss can be made of it
+    make:type        # The recommended loss: `make(loss_fn, **options)`
+    options:dict     # Its options
+    why:str          # The reason, in a sentence
 
     def __getitem__(self, question): return self.findings[question]
 
@@ -438,28 +411,25 @@ class LossReport:
     @property
     def line(self) -> str: # The recommended loss, to be pasted
         name = getattr(self.loss_fn, "__name__", "")
-        options = [f"{k}={v!r}" for k, v in self.options.items()]
-        given = [name if name.isidentifier() else "loss_fn", *options]
-        return f"{self.make.__name__}({', '.join(given)})"
+        name = name if name.isidentifier() else "loss_fn"
+        options = "".join(f", {k}={v!r}" for k, v in self.options.items())
+        return f"{self.make.__name__}({name}{options})"
 
-    def loss(
-        self,
-        **kwargs,    # Further options of it
-    ) -> OutputLoss: # To be called with outputs and the loss's further arguments
-        "The recommended loss, that of `line`"
+    def loss(self, **kwargs) -> OutputLoss: # Further options of it
+        "The recommended loss, that of `line`, to be called with outputs and `args`"
         if self.fatal: raise ValueError(f"loss_fn: {self.fatal}")
         return self.make(self.loss_fn, **(self.options | kwargs))
 
     def __repr__(self):
         lines = [self.about]
-        for title in dict.fromkeys(title for title, _ in QUESTIONS.values()):
+        for title in (_SHAPE, _RIGHT, _TURN):
             asked = {q: f for q, f in self.findings.items()
                      if QUESTIONS[q][0] == title and f.words}
             bad = {q: f for q, f in asked.items() if f.verdict not in ("ok", "unknown")}
             answer = "yes" if asked else "not judged"
             if bad: answer = "no"
             if {f.verdict for f in bad.values()} == {"note"}: answer = "yes, but"
-            if title[0] == "3": answer = self["Newton direction"].words or "not judged"
+            if title == _TURN: answer = self["Newton direction"].words or "not judged"
             lines.append(f"{title:26} {answer}")
             lines += [textwrap.fill(f"   - {q}: {f.words}", 88, subsequent_indent=5*" ")
                       for q, f in bad.items()]
@@ -485,6 +455,17 @@ QUESTIONS = { # What `check_loss` asks, in order
     "gradient size": (_TURN, _ask_size),
     "Newton direction": (_TURN, _ask_direction)}
 
+def _judge(p):
+    "Ask all questions, in order; stop where going on makes no sense"
+    p.found = dict.fromkeys(QUESTIONS, _unknown(""))
+    for question, (_, ask) in QUESTIONS.items():
+        try: found = ask(p) or _ok("fine", "ok")
+        except Exception as e:                       # fatal where there is no gradient
+            found = (_problem if hasattr(p, "good") else _fatal)(_said(e), "error")
+        p.found[question] = found
+        if found.verdict == "fatal": return p.found, found.words, OutputLoss, {}, ""
+    return p.found, None, *_recommend(p)
+
 def check_loss(
     loss_fn:Callable,       # Loss to judge: `loss_fn(y, *args)` should have shape (N,)
     y:Float[Tensor, "N m"], # Outputs to judge it at; best a real batch
@@ -501,21 +482,4 @@ def check_loss(
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__.lstrip("_"))
     about = f"{name} at {len(y)} x {y.shape[1]} outputs, {str(y.dtype)[6:]}"
     with torch.inference_mode(False), torch.autocast(y.device.type, enabled=False):
-        single = widened(y)
-        return LossReport(loss_fn, about, *_judge(_Probe(loss_fn, single, args)))
-
-def _judge(p):
-    "Ask all questions, in order; stop where going on makes no sense"
-    p.narrow = p.to(torch.float, p.loss_fn)
-    p.found = dict.fromkeys(QUESTIONS, _unknown(""))
-    for question, (_, ask) in QUESTIONS.items():
-        try: found = ask(p) or _ok("fine", "ok")
-        except Exception as e:                       # fatal where there is no gradient
-            found = (_problem if hasattr(p, "good") else _fatal)(_said(e), "error")
-        p.found[question] = found
-        if found.verdict == "fatal": return p.found, OutputLoss, {}, "", found.words
-    make, options, why = _recommend(p)
-    samples, finite = (p.found[q].value for q in ("independent samples", "finite"))
-    if samples in ("leak", "nonlinear"): options["check"] = False
-    if finite == "non-finite": options["on_nonfinite"] = "skip"
-    return p.found, make, options, why
+        return LossReport(loss_fn, about, *_judge(_Probe(loss_fn, widened(y), args)))
