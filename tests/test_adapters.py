@@ -420,6 +420,8 @@ def test_squares_that_underflow():
     y, t = batch(20)
     report = check_loss(lambda y, t: 1e-200*square(y, t), y, t)
     assert not report.ok and report.line == "NormalizedLoss(loss_fn)"
+    turn = [check_loss(lambda y, t: s*square(y, t), y, t)["Newton direction"].value[:2] for s in (1., 1e-170)]
+    assert turn[0] == pytest.approx(turn[1], rel=1e-6)
 
 def test_one_output_is_a_rescaling():
     y, t = torch.randn(2, 40, 1)

@@ -311,6 +311,7 @@ def _halves(G):
 def _turn(G):
     "Cosines: directions and gradients; directions by the curvature of either half"
     def cosine(A, B): return torch.cosine_similarity(A.ravel(), B.ravel(), 0, 1e-300)
+    G = torch.ldexp(G, -G.abs().amax().log2().ceil())   # no square underflows
     by = partial(_by_part, Fisher(), G)
     halves = [cosine(by(a), by(b)) for a, b in _halves(G)]
     return float(cosine(by(slice(None)), G)), float(sum(halves)/len(halves))
