@@ -48,6 +48,8 @@ def queue():
     for r in RELAXATIONS:
         for m in ("none", "fisher", "rms"): yield r, m, LONG, REPORTED, {}
         yield r, "none", LONG, REPORTED, bce
+    for r, lr in zip(RELAXATIONS, (3e-3, 1e-3)):  # Rates below the chosen ones
+        yield r, "none", LONG, REPORTED, bce | dict(lr=lr)
     for r in RELAXATIONS: yield r, "none", SHORT, REPORTED, dict(tau=1.)
     for r in RELAXATIONS:
         for m in ("clip", "default", "whiten", "hessian", "scalar", "clip_grad"):

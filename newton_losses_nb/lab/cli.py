@@ -25,7 +25,7 @@ from .records import environment, read_runs
 class Options(Settings):
     "Where data and results lie, and what does the runs"
     data:str = setting("sample", "sample (5,000 digits) or mnist (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with the data's own files, not --data")
+    data_dir:str|None = setting(None, "Folder with four files like MNIST's, not --data")
     out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
                                  " default: runs/ and the benchmark's name")
     engine:str = setting("together", "together (all seeds at once), local or ray",
@@ -43,6 +43,7 @@ class Options(Settings):
 class PathOptions(Options):
     "Those of path runs, whose maps are made"
     data:str = setting("terrain", "terrain (generated) or warcraft (downloaded once)")
+    data_dir:str|None = setting(None, "Folder with the official files, not --data")
     data_seed:int = setting(0, "Seed of generated maps", whole(0))
     size:int = setting(12, "Cells on a side of a map", whole(1))
 

@@ -54,7 +54,7 @@ def small_ranking_net() -> nn.Module: # Maps `(..., 1, 7, 28)` to `(...)`
     return ScoreImages(body, (1, 7, 28))
 
 # %% ../../nbs/lab/01_models.ipynb #9ff55c47
-NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4)) # And `pool`
+NETWORKS = dict(cnn=(ranking_cnn, 1), small=(small_ranking_net, 4)) # With `pool`
 
 # %% ../../nbs/lab/01_models.ipynb #2375d098
 def make_network(

@@ -124,8 +124,10 @@ def open_results(
     except OSError as e:
         raise OSError(f"out: cannot write results to {file}: {e.strerror or e}") from e
     *_, rest = file.read_bytes().split(b'\n')
-    if rest: os.truncate(file, file.stat().st_size - len(rest))
-    with contextlib.suppress(ValueError): append_run(file, json.loads(rest))
+    try:
+        json.loads(rest or b'0')
+        with open(file, 'ab') as f: f.write(b'\n'*bool(rest))
+    except ValueError: os.truncate(file, file.stat().st_size - len(rest))
     return file, {r['key']: r for f in _files(file.parent) for r in _read_file(f)}
 
 # %% ../../nbs/lab/02_records.ipynb #26e3602b

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARPNESS', 'sorting_config', 'PATH_LOSSES', 'SIGMA', 'PATH_LEARNING_RATES', 'NO_HESSIAN', 'path_config',
-           'digit_loss', 'CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'classification_config', 'Sorting', 'SortingTask',
-           'flat_shortest_path', 'path_loss_fn', 'Paths', 'PathTask', 'Classification', 'ClassificationTask']
+           'CLASSIFIERS', 'OPTIMIZERS', 'BASE_RATES', 'classification_config', 'Sorting', 'SortingTask',
+           'flat_shortest_path', 'path_loss_fn', 'Paths', 'PathTask', 'digit_loss', 'Classification',
+           'ClassificationTask']
 
 # %% ../../nbs/lab/05_tasks.ipynb #0afd1128
 import functools
@@ -209,8 +210,8 @@ NO_HESSIAN = { # Losses without an exact Hessian, and why
 @dataclass
 class Paths(Settings):
     "Train networks to find shortest paths, by loss, method and seed; then report"
-    loss:str = entry("fenchel_young", "How to differentiate", one_of(*PATH_LOSSES),
-                     option="losses", command=",".join(PATH_LOSSES[:4]))
+    loss:str = entry("fenchel_young", "How the solver is differentiated",
+        one_of(*PATH_LOSSES), option="losses", command=",".join(PATH_LOSSES[:4]))
     method:str = entry("none", "What is sent back to the costs", one_of(*METHODS),
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
     seed:int = entry(0, "Of weights and noise", whole(0), option="seeds", command="2")
@@ -298,8 +299,9 @@ class PathTask(_Whole):
                 "relative_regret": regret(costs, path)/path_cost(costs, paths)}
 
 # %% ../../nbs/lab/05_tasks.ipynb #7047610d
-# Cross-entropy of each image, from scores `(N, 10)` and the right digits `(N,)`
-digit_loss = functools.partial(F.cross_entropy, reduction="none")
+def digit_loss(y:Float[Tensor, "N 10"], t:Int64[Tensor, "N"]) -> Float[Tensor, "N"]:
+    "Cross-entropy of each image, from its scores `y` and the right digit `t`"
+    return F.cross_entropy(y, t, reduction="none")
 
 # %% ../../nbs/lab/05_tasks.ipynb #44538168
 def _mlp(a, side):

@@ -156,13 +156,15 @@ def check_tensor(name, f):
         f"{type(f).__name__}: return torch.as_tensor(...)")
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #a966354a
-def ratio_minus_1(y:Float[Tensor, "N m"], e:Float[Tensor, "N S m"], noise:Noise):
-    "r − 1 of the points `y` + σ`e`, `(N, S)`, under `noise`: 0, but not as `y` moves"
+def ratio_minus_1(y:Float[Tensor, "N m"], e:Float[Tensor, "N S m"],
+                  noise:Noise) -> Float[Tensor, "N S"]:
+    "r − 1 of the points `y` + σ`e` under `noise`: zero, but not as `y` moves"
     shift, log_p = (y - y.detach())[:, None]/noise.sigma, noise.kind.log_density
     return (log_p(e - shift) - log_p(e)).sum(-1).expm1()
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #63e06433
-def minus_baseline(f:Float[Tensor, "N S ..."], noise:Noise, at_y:Callable):
+def minus_baseline(f:Float[Tensor, "N S ..."], noise:Noise,
+                   at_y:Callable) -> Float[Tensor, "N S ..."]:
     "Values `f` minus the baseline of `noise`; `at_y()` is what `f` is without noise"
     if noise.baseline == "none": return f
     if noise.baseline == "value": return f - at_y()[:, None]
@@ -232,7 +234,8 @@ def __call__(
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #8ea102bb
 @patch
-def derivatives(self:FenchelYoungLoss, y, y_true, hessian:bool=True) -> tuple:
+def derivatives(self:FenchelYoungLoss, y:Float[Tensor, "N m"],
+                y_true:Shaped[Tensor, "N m"], hessian:bool=True) -> tuple:
     "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
     loss, G, g, e = self._differences(y, y_true)
     if not hessian: return loss, G, None

@@ -102,7 +102,8 @@ class SmoothedAlgorithmLoss(AsCode):
 
 # %% ../../nbs/paths/03_smoothing.ipynb #f5c85d6c
 @patch
-def derivatives(self:SmoothedAlgorithmLoss, y, *args, hessian:bool=True) -> tuple:
+def derivatives(self:SmoothedAlgorithmLoss, y:Float[Tensor, "N m"], *args,
+                hessian:bool=True) -> tuple:
     "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
     noise = self.noise
     a, centred, e = _sample("algorithm", self.algorithm, y, noise)

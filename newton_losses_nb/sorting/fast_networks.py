@@ -268,7 +268,8 @@ def network_derivatives(
     relaxation:str="logistic",          # As in `sorting_network`
     steepness:float=10.,                # Inverse temperature β, per unit of the scores
     hessian:bool=True,                  # Second derivatives too?
-) -> tuple: # Losses (*batch,), gradients (*batch, n), Hessians (*batch, n, n) or None
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n"],
+           Float[Tensor, "*batch n n"]|None]: # Losses, gradients, Hessians
     "Ranking loss behind a sorting network with its exact derivatives, for each sample"
     x = _scores(s.detach(), relaxation, steepness)
     dtype, shape, n = x.dtype, x.shape, x.shape[-1]

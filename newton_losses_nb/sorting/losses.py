@@ -55,14 +55,16 @@ class SortingLoss(nn.Module):
         if self.log and same: return self._derivatives
         raise AttributeError("derivatives")
 
-    def permutation(self, s:Float[Tensor, "*batch n"], log:bool=False) -> Tensor:
+    def permutation(self, s:Float[Tensor, "*batch n"],
+                    log:bool=False) -> Float[Tensor, "*batch n n"]:
         "Relaxed permutation matrix of the scores, or with `log` its logarithm"
         if self.relaxation == "neural_sort": return neural_sort(s, self.tau, log)
         if self.relaxation == "soft_sort": return soft_sort(s, self.tau, log)
         return sorting_network(s, self.network, self.relaxation, self.steepness, log)
 
-    def forward(self, s:Float[Tensor, "*batch n"], P_true:Tensor) -> Tensor:
-        "Loss of every sample; `P_true`, `(*batch, n, n)`, is from `true_permutation`"
+    def forward(self, s:Float[Tensor, "*batch n"],
+                P_true:Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
+        "Loss of every sample; `P_true` is from `true_permutation`"
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 
     def extra_repr(self):

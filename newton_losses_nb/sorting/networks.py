@@ -104,7 +104,8 @@ def plain_network(
         else: P = torch.lerp(Q, P, a.unsqueeze(-1))
     return P
 
-def steep(c:Float[Tensor, "*shape"], relaxation:str, steepness:float) -> Tensor:
+def steep(c:Float[Tensor, "*shape"], relaxation:str,
+          steepness:float) -> Float[Tensor, "*shape"]:
     "β`c` within ±10¹⁰, β the `steepness`; with `relaxation` logistic_art after a root"
     if relaxation == "logistic_art": c = c/(c.abs() + 1e-10).pow(0.25)
     return (steepness*c).clamp(-1e10, 1e10)

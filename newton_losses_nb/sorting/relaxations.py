@@ -51,7 +51,8 @@ def log_sigmoid(v:Tensor) -> Tensor:
     return least - torch.where(v < 0, v, -v).exp().log1p()
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #1645dced
-def neural_logits(z:Float[Tensor, "*batch n"], size=torch.abs) -> Tensor:
+def neural_logits(z:Float[Tensor, "*batch n"],
+                  size=torch.abs) -> Float[Tensor, "*batch n n"]:
     "Logits of NeuralSort for scaled scores `z`; `size` is taken of their differences"
     n = z.shape[-1]
     rank = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device)
@@ -149,7 +150,9 @@ def _hint(P, P_true):
             + "; are these labels? give true_permutation(labels)"*labels)
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #6b425583
-def ranking_gradient(log_P:Float[Tensor, "*batch n n"], T:Tensor, kind:str) -> tuple:
+def ranking_gradient(
+    log_P:Float[Tensor, "*batch n n"], T:Float[Tensor, "*batch n n"], kind:str
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch n n"]]:
     "Losses of this `kind` for the true permutation `T`, and gradients in `log_P`"
     n = log_P.shape[-1]
     if kind == "cross_entropy": return -(T*log_P).sum((-2, -1))/n, -T/n
