@@ -3,6 +3,7 @@
     python benchmarks/hard.py list --data-dir mnist    what is finished, and what is to do
     python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order
     python benchmarks/hard.py map --data-dir mnist     where the plain loss fails: untuned, two seeds
+    python benchmarks/hard.py paths                    the smoothed loss of paths, by samples of noise
 
 Every method has five trials on two seeds that are used for nothing else, and takes the one with
 the best mean validation match; then the reported seeds. A group of seeds is recorded when it
@@ -16,7 +17,8 @@ from pathlib import Path
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import run_all, seeds_together
 from newton_losses_nb.lab.records import read_runs
-from newton_losses_nb.lab.tasks import SortingTask, sorting_config
+from newton_losses_nb.lab.tasks import PathTask, SortingTask, path_config, sorting_config
+from newton_losses_nb.paths.terrain import load_maps
 
 RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
 RELAXATIONS = "soft_sort", "neural_sort"
@@ -35,6 +37,16 @@ FIRST = { # Trials: five rates, or three values at one rate and the best of thes
 FIRST["neural_sort"] = FIRST["soft_sort"] | dict(
     fisher=lams(1e-2, .1, 1.), scalar=lams(1e-2, .1, 1.), hessian=lams(1., 10., 100.),
     clip=norms(.3, 1., 3.))
+
+def at(name, *values): return [dict(lr=3e-3, **{name: o}) for o in values]
+PATH_RATES = RATES[1:4] + [RATES[0], RATES[4]]
+PATHS = dict(none=PATH_RATES, rms=PATH_RATES,
+             default=[o | dict(lam="ledoit_wolf") for o in PATH_RATES],
+             whiten=[o | dict(lam="ledoit_wolf") for o in PATH_RATES],
+             fisher=at("lam", 1e-2, 1., 100.), scalar=at("lam", 1e-2, 1., 100.),
+             clip=at("max_norm", 1., 10., 100.))
+SAMPLES = 3, 30, 10
+FIRST |= dict.fromkeys(SAMPLES, PATHS)
 
 def queue():
     "What is run, in order: relaxation, method, steps, seeds, and what differs from the setting"
@@ -74,28 +86,33 @@ class Missing(Exception):
 
 class Study:
     "The trials and runs, found or made"
+    name, later = "hard_", (3e-3, 1e-2)
     def __init__(self, a):
-        self.a, self.digits = a, load_digits(data_dir=a.data_dir) if a.data_dir else load_digits()
-        self.same = dict(n=10, batch=100, network=a.network, device=a.device)
-        name = "hard_" + f"{a.network}_"*(a.network != "small") + a.device
+        self.a, self.data = a, self.load()
+        self.same = dict(network=a.network, device=a.device)
+        name = self.name + f"{a.network}_"*(a.network != "small") + a.device
         self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "", "_map")}
         some = lambda f: any(o.stat().st_size for o in f.glob("*.jsonl"))
         self.found = {k: {r["key"]: r for r in read_runs(f)} if some(f) else {}
                       for k, f in folders.items()}
 
+    def load(self):
+        return load_digits(data_dir=self.a.data_dir) if self.a.data_dir else load_digits()
+
     def tasks(self, relaxation, method, seeds, steps, tau=.1, loss="bce_clamped", **setting):
         steps, every = max(1, steps//self.a.shrink), max(1, 200//self.a.shrink)
         sets = max(10, 1000//self.a.shrink)
         method = "fisher" if method == "default" else method
-        given = self.same | dict(tau=tau, loss=loss, lam=1., max_norm=.1) | setting
+        given = self.same | dict(n=10, batch=100, tau=tau, loss=loss, lam=1., max_norm=.1) | setting
         return [SortingTask(sorting_config(relaxation, method, seed=s, steps=steps,
-                eval_every=every, eval_sets=sets, **given), self.digits) for s in seeds]
+                eval_every=every, eval_sets=sets, **given), self.data) for s in seeds]
 
     def records(self, kind, tasks):
         "The records of tasks that differ in the seed; `list` makes none"
         found, left = self.found[kind], [t for t in tasks if t.key not in self.found[kind]]
         if left and self.a.verb != "list":
-            name = left[0].config["relaxation"]
+            c = left[0].config
+            name = c.get("relaxation") or c["loss"]
             made = run_all(left, self.folders[kind], name, engine=seeds_together)
             found |= {r["key"]: r for r in made}
         return [found[t.key] for t in tasks if t.key in found]
@@ -112,7 +129,7 @@ class Study:
         "The best trial; the first of equals"
         scored = [(o, self.score(relaxation, method, loss, o)) for o in FIRST[relaxation][method]]
         first = max(scored, key=lambda o: o[1])[0]
-        more = [first | dict(lr=o) for o in (3e-3, 1e-2)] if len(scored) == 3 else []
+        more = [first | dict(lr=o) for o in self.later] if len(scored) == 3 else []
         scored += [(o, self.score(relaxation, method, loss, o)) for o in more]
         return max(scored, key=lambda o: o[1])[0]
 
@@ -139,9 +156,27 @@ class Study:
                          for r in records)
         print(name, f"{len(records)} of {len(tasks)} runs", match, flush=True)
 
+class Paths(Study):
+    "The same for the smoothed loss of paths: trials of 3 epochs, runs of 8"
+    name, later = "hard_paths_", (1e-3, 1e-2)
+    def load(self): return load_maps("terrain", None, 2000, 300, 1000)
+
+    def tasks(self, samples, method, seeds, steps, loss=None, **setting):
+        method = "fisher" if method == "default" else method
+        train = dict(train=2000, valid=300, test=1000, epochs=3 if steps == TRIAL else 8)
+        return [PathTask(path_config("smoothed_loss", method, seed=s, samples=samples,
+                **self.same, **train, **setting), self.data) for s in seeds]
+
+    def go_through(self):
+        rows = product((REPORTED, MORE), SAMPLES, PATHS)
+        for seeds, samples, method in islice(rows, self.a.rows):
+            setting = self.chosen(samples, method, None)
+            tasks = self.tasks(samples, method, seeds, SHORT, **setting)
+            self.show(f"{samples} samples {method} {setting}", tasks, self.records("", tasks))
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("verb", choices=("list", "run", "map"))
+    p.add_argument("verb", choices=("list", "run", "map", "paths"))
     p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
     p.add_argument("--out", default=RESULTS, help="where the folders of results are")
     p.add_argument("--network", default="small"); p.add_argument("--device", default="cpu")
@@ -149,7 +184,7 @@ def main():
     p.add_argument("--rows", type=int, help="only the first rows of the queue")
     a = p.parse_args()
     if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
-    study = Study(a)
+    study = Paths(a) if a.verb == "paths" else Study(a)
     study.go_over() if a.verb == "map" else study.go_through()
 
 if __name__ == "__main__": main()
