@@ -88,7 +88,8 @@ class Study:
     "The trials and runs, found or made"
     name, later = "hard_", (3e-3, 1e-2)
     def __init__(self, a):
-        self.a, self.data = a, self.load()
+        self.a = a
+        self.data = self.load()
         self.same = dict(network=a.network, device=a.device)
         name = self.name + f"{a.network}_"*(a.network != "small") + a.device
         self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "", "_map")}
