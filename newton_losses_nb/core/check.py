@@ -373,15 +373,13 @@ def _recommend(p):
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
     turn, _, newton, whitened = found["Newton direction"]
-    tip = "If training is slow, compare NormalizedLoss: it changes lengths, at no cost."
-    if p.y.shape[1] == 1: return plain(
-        f": with one output a Newton step is a rescaling. {tip}")
+    if p.y.shape[1] == 1: return plain(": with one output a Newton step is a rescaling.")
     if turn >= 0.9: return plain(
-        f": on this batch the Newton direction is nearly the gradient. {tip}")
+        ": on this batch the Newton direction is nearly the gradient.")
     def reduces(x): return f"reduce the loss {x:.2f} times as much as gradient steps"
     if max(newton, whitened) < 1.2: return plain(
         f": ten Newton steps on the outputs {reduces(newton)}, ten whitened ones "
-        f"{whitened:.2f} times; 1.2 times would count. {tip}")
+        f"{whitened:.2f} times; 1.2 times would count.")
     start = " Train with it from the start: in mid-training it upsets Adam's averages."
     if newton < whitened: return OutputLoss, dict(direction=Whiten()) | kw, (
         f"Whitening, half of a Newton step: ten steps {reduces(whitened)}.{start}")
@@ -411,10 +409,13 @@ class LossReport:
 
     @property
     def line(self) -> str: # The recommended loss, to be pasted
+        return self._call(self.make, self.options)
+
+    def _call(self, make, options):
         name = getattr(self.loss_fn, "__name__", "")
         name = name if name.isidentifier() else "loss_fn"
-        options = "".join(f", {k}={v!r}" for k, v in self.options.items())
-        return f"{self.make.__name__}({name}{options})"
+        options = "".join(f", {k}={v!r}" for k, v in options.items())
+        return f"{make.__name__}({name}{options})"
 
     def loss(self, **kwargs) -> OutputLoss: # Further options of it
         "The recommended loss, that of `line`, to be called with outputs and `args`"
@@ -436,6 +437,10 @@ class LossReport:
                       for q, f in bad.items()]
         line = "nothing, before this is mended" if self.fatal else self.line
         lines.append(f"4. Recommended:            {line}")
+        if not self.fatal and self.make is not NormalizedLoss:
+            kw = {k: v for k, v in self.options.items() if k in ("check", "on_nonfinite")}
+            control = self._call(NormalizedLoss, kw)
+            lines.append(f"   Train beside it:        {control}")
         why = textwrap.indent(textwrap.fill(self.why, 85), "   ")
         return "\n".join(lines + [why]*bool(why))
 
