@@ -485,6 +485,7 @@ def test_transforms_differentiate_for_outputs_only():
 @pytest.mark.parametrize("N", [3, 4])
 def test_what_samples_share_has_one_row(N):
     "Weights, and centres of which there are as many as samples"
+    torch.manual_seed(N)
     w = torch.tensor([1., 5., 9.], dtype=torch.double)
     y, c = torch.randn(N, 3, dtype=torch.double), torch.randn(N, 3, dtype=torch.double)
     with pytest.raises(ValueError, match=r"args\[0\]: expected one row"): per_sample(lambda y, w: (w*y.square()).sum(1).mean())(torch.randn(5, 3), w)
@@ -537,3 +538,104 @@ def test_nothing_to_cut():
 def test_overflow_that_arrives_is_named():
     y = torch.randn(4, 3, requires_grad=True)
     with pytest.raises(ValueError, match="gradient of loss_fn"): (inject_fisher(y)*torch.inf).sum().backward()
+
+def bent(y, u): return ((y - u).square().sum(1) + 1).log() + y.sin().sum(1)
+
+def sent(loss, y, *args, **kw):
+    y = y.detach().clone().requires_grad_()
+    loss(y, *args, **kw).sum().backward()
+    return y.grad
+
+SUMS = {"fisher": Fisher(.1), "auto": Fisher(), "hessian": Hessian(.1, "abs"), "diagonal": DiagonalHessian(.1, "abs"), "scalar": Normalize(), "krylov": Krylov(5., tol=1e-12)}
+
+@pytest.mark.parametrize("way", SUMS.values(), ids=SUMS)
+def test_micro_batches_of_padded_sets(way):
+    y, u = torch.randn(2, 6, 3, dtype=torch.double)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]*2).bool()
+    loss = NewtonLoss(bent, way)
+    want, parts = sent(loss, y, u, mask=mask), (slice(0, 2), slice(2, 6))
+    with loss.accumulated([(y[i], u[i]) for i in parts], [mask[i] for i in parts]):
+        for i in parts: close(sent(loss, y[i], u[i], mask=mask[i])*len(y[i])/6, want[i])
+    with loss.accumulated([(y, u)]), pytest.raises(ValueError, match=r"mask: expected none, or those of all micro-batches"):
+        sent(loss, y, u, mask=mask)
+    with pytest.raises(ValueError, match="zip"): loss.accumulated([(y, u)], [mask, mask]).__enter__()
+
+@pytest.mark.parametrize("way", SUMS.values(), ids=SUMS)
+def test_micro_batches_of_one_shape(way):
+    y, u = torch.randn(2, 6, 3, dtype=torch.double)
+    loss = NewtonLoss(bent, way)
+    with loss.accumulated([(y.view(2, 3, 3), u.view(2, 3, 3))]), pytest.raises(ValueError, match=r"of the micro-batches, \(2, 3\), got \(3,\)"):
+        sent(loss, y[:3], u[:3])
+    with pytest.raises(ValueError, match=r"of the other micro-batches, \(3,\), got \(2,\)"):
+        loss.accumulated([(y, u), (y[:, :2], u[:, :2])]).__enter__()
+    with loss.accumulated([(y, u)]):
+        with pytest.raises(ValueError, match="one context of a loss at a time"): loss.accumulated([(y, u)]).__enter__()
+        close(sent(loss, y, u), sent(NewtonLoss(bent, way), y, u))
+
+@pytest.mark.parametrize("make", [lambda: Hessian(5.), lambda: Fisher(.1), lambda: Fisher(), lambda: DiagonalFisher(.1)])
+@pytest.mark.parametrize("memory", [Window(2), MovingAverage(.5)])
+def test_a_memory_of_other_leading_dimensions(make, memory):
+    memory.reset()
+    y, loss = torch.randn(3, 6, 3, dtype=torch.double), NewtonLoss(bent, Remembering(make(), memory))
+    sent(loss, y, y + 1)
+    for other in (y[:1], y[:2], y[0]):
+        with pytest.raises(ValueError, match=r"memory: expected evidence like that remembered, leading dimensions and outputs \(\(3, 3\)"): sent(loss, other, other + 1)
+
+@pytest.mark.parametrize("shape", [(64, 4), (100, 10)])
+def test_honest_kinks_are_not_refused(shape):
+    "Huber's loss takes no arguments of another precision; a matrix inside is float32"
+    W = torch.randn(shape[1], 5, generator=torch.Generator().manual_seed(0))
+    losses = {"huber": lambda y, t: nn.functional.huber_loss(y, t, reduction="none").sum(1),
+              "relu": lambda y, t: (y @ W).relu().square().sum(1)}
+    for seed in range(20):
+        y, t = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+        for f in losses.values(): newton_direction(f, y, t, curvature="hessian")
+
+@pytest.mark.parametrize("hold", ["closure", "list", "global"])
+def test_parameters_that_learn_later(hold):
+    T, some = nn.Parameter(torch.tensor(1.), requires_grad=False), []
+    some.append(T)
+    def f(y, t): return nn.functional.cross_entropy(y*T, t, reduction="none")
+    def g(y, t): return nn.functional.cross_entropy(y*some[0], t, reduction="none")
+    if hold == "global": f = type(f)(compile("lambda y, t: F.cross_entropy(y*T, t, reduction='none')", "", "eval").co_consts[0], {"F": nn.functional, "T": T})
+    loss = NewtonLoss(g if hold == "list" else f)
+    y, t = torch.randn(6, 3, requires_grad=True), torch.randint(0, 3, (6,))
+    loss(y, t).backward()
+    assert T.grad is None
+    T.requires_grad_()
+    loss(y, t).backward()
+    got, T.grad = T.grad, None
+    nn.functional.cross_entropy(y*T, t).backward()
+    close(got, T.grad)
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_a_loss_of_another_precision(dtype):
+    y, f = torch.randn(4, 3), lambda y: 1e-4*(y - 1).square().sum(1)
+    got, want = (sent(NewtonLoss(h, lam=1e4), y) for h in (lambda y: f(y).to(dtype), f))
+    torch.testing.assert_close(got, want, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=0)
+
+@pytest.mark.parametrize("way", [Krylov(tol=1e-12), Krylov(lambda s, e: e.mean(-1), tol=1e-12), DiagonalHessian(probes=3)], ids=["auto", "function", "probes"])
+def test_padding_changes_no_random_sign(way):
+    def f(y, u): return ((y - u)*torch.linspace(1, 3, 8)[:y.shape[1]]).square().sum(1)/2 + .1*(y.sum(1) - u.sum(1)).cosh()
+    y, u = torch.randn(2, 6, 3, dtype=torch.double)
+    loss, want = NewtonLoss(f, way), None
+    for k in (0, 1, 2, 5):
+        wide = [torch.cat([x, torch.zeros(6, k, dtype=torch.double)], 1) for x in (y, u)]
+        got = sent(loss, *wide, mask=(torch.arange(3 + k) < 3).expand(6, -1))[:, :3]
+        want = got if want is None else want
+        close(got, want)
+
+def test_small_errors_are_named():
+    y = torch.randn(4, 3, requires_grad=True)
+    f = lambda y: y.square().sum(1)
+    with pytest.raises(ValueError, match=r"lam: expected a function that gives a number or shape \(\), got \(7,\)"): NewtonLoss(f, lam=lambda s, e: torch.ones(7))(y)
+    with pytest.raises(ValueError, match="loss_fn: expected one loss per sample.*complex"): NewtonLoss(lambda y: f(y) + 0j)(y)
+    empty = torch.zeros(0, 4, 3, requires_grad=True)
+    assert NewtonLoss(f)(empty, mask=torch.ones(0, 4, 3, dtype=torch.bool)).shape == (0,)
+
+def test_another_memory():
+    loss = NewtonLoss(lambda y: y.square().sum(1), Remembering(Fisher(.1), Window(2)))
+    loss.direction.memory = Window(5)
+    assert repr(loss.direction) == "Remembering(Fisher(lam=0.1), Window(5))"
+    loss(torch.randn(4, 3, requires_grad=True)).backward()
+    assert len(loss.direction.memory.past) == 1

@@ -168,3 +168,12 @@ def test_generator_leaves_the_global_one_alone():
     g = torch.Generator().manual_seed(0)
     smoothed_algorithm(flat, torch.rand(2, 36, generator=g), Noise(generator=g))
     assert torch.equal(before, torch.get_rng_state())
+
+@pytest.mark.parametrize("start", [0, 1e5, 1e7])
+def test_an_expensive_start_hides_no_difference(start):
+    "All paths pay the first cell, so the cheapest is that of a free one, in float32 too"
+    for seed in range(20):
+        cost = torch.rand(12, 12, generator=torch.Generator().manual_seed(seed))
+        free, dear = cost.clone(), cost.clone()
+        free[0, 0], dear[0, 0] = 0, start
+        assert torch.equal(shortest_path(dear), shortest_path(free))

@@ -118,10 +118,11 @@ class Hessian(Damped):
 # %% ../../nbs/core/04_directions.ipynb #884f2252
 def _by_pattern(direction, e, G, mask, lam):
     "One solve for each pattern of real outputs, with the curvature of those outputs"
-    if G.ndim > 2: return torch.stack([
-        _by_pattern(direction, e.map(lambda x: x[i]), G[i], mask[i], lam[i])
-        for i in range(len(G))])
     D = torch.zeros_like(G)
+    if G.ndim > 2:
+        for i in range(len(G)):
+            D[i] = _by_pattern(direction, e.map(lambda x: x[i]), G[i], mask[i], lam[i])
+        return D
     for real in mask.unique(dim=0):
         i, own = (mask == real).all(1), e.cut(real)
         if not real.any(): continue

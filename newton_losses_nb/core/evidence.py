@@ -72,6 +72,12 @@ class Evidence(NamedTuple):
         return Evidence(*(f(x) if isinstance(x, Tensor) else x
                           for f, x in zip(fs, self)))
 
+    def fits(self, shape, what:str):
+        "Raise unless this is of `what`, with leading dimensions and outputs `shape`"
+        own = None if self.square is None else tuple(self.square.shape)
+        if own not in (None, shape): raise ValueError(
+            f"y: expected the leading dimensions and outputs of {what}, {own}, got {shape}")
+
     def __add__(self, other):
         *sums, rows = (None if a is None else (a, b) for a, b in zip(self, other))
         return Evidence(*(s and sum(s) for s in sums), rows and torch.cat(rows, -2))

@@ -47,12 +47,12 @@ class _Memory(nn.Module):
     def recall(self, e:Evidence) -> list[Evidence]:
         "What is remembered, on the device of new evidence and of its kind"
         def kind(e):
-            sums = e.square, e.fourths, e.spread, e.total, e.rows
-            return [None if x is None else (x.ndim, *x.shape[-1:]) for x in sums]
+            own = () if e.square is None else tuple(e.square.shape)
+            return own, [None if x is None else x.ndim for x in e[3:]]
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
-            "memory: expected evidence like that remembered, dimensions and outputs "
-            f"{kind(self.past[0])}, got {kind(e)}; reset() it for another task, or pad "
-            "batches to one width")
+            "memory: expected evidence like that remembered, leading dimensions and "
+            f"outputs {kind(self.past[0])}, got {kind(e)}; reset() it for another task, "
+            "or pad batches to one width")
         return [p.map(lambda x: x.to(e.square)) for p in self.past]
 
 # %% ../../nbs/core/06_more.ipynb #790c593b
@@ -95,7 +95,9 @@ class Remembering(Direction):
             f"memory: expected a Window or a MovingAverage, got {memory!r}")
         self.direction, self.second = direction, direction.second
         self.quick = direction.quick if type(self) is Remembering else None
-        self.__dict__["memory"] = self._modules["memory"] = memory
+        self.memory = memory
+
+    memory = property(lambda self: self._modules["memory"])
 
     def reset(self):
         "Forget everything"
@@ -193,8 +195,8 @@ class Krylov(Damped):
         "λ and a factor; eigenvalues by their size in products with signs"
         s, V = e.sums, _signs(e.sums.square.unsqueeze(-2))
         if callable(self.lam):
-            size = e.mean(V).square().mean((-2, -1)).sqrt().unsqueeze(-1)
-            return damping(self.lam, s, size)
+            square = e.mean(V).square().sum(-1).mean(-1)/s.outputs
+            return damping(self.lam, s, square.sqrt().unsqueeze(-1))
         if self.lam != "auto": return damping(self.lam, s)
         N, total = nonzero(s.samples), s.total.square().sum(-1).mean(-1)
         size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import repeat
 from typing import SupportsFloat
 
 import torch
@@ -48,7 +49,8 @@ class OutputLoss(nn.Module):
             self.chunk_size = number("chunk_size", chunk_size, 1, whole=True)
         known = "raise", "skip", "gradient"
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
-        self.check, self.group, self.shared, self.learns = check, group, None, None
+        self.check, self.group, self.learns = check, group, None
+        self.shared, self.padded = None, False       # by `accumulated`
         self.checked = not check or on_nonfinite == "skip"
 
     @torch._disable_dynamo
@@ -91,7 +93,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     group, memory = Group(self.group), None if self.shared else self.direction.memory
     observe = partial(self._observe, y, mask, args)
     b, e = group.together(observe, getattr(y, "device", "cpu"))
-    if self.shared: e = self.shared
+    if self.shared: e = self._accumulated(y, mask)
     elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
@@ -99,7 +101,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     shared = b.weight is not None or group.size > 1
     n = nonzero(group.add(b.n)/group.size) if shared else None
     self.__dict__.update(sent=(b.G, D), taking=n)    # n samples take part
-    self.checked, D = self.checked or y.shape[-2] > 1, D.to(b.loss)
+    self.checked, D = self.checked or y.shape[-2] > 1, D.to(widened(y).dtype)
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
@@ -252,13 +254,16 @@ def _of_samples(self:OutputLoss, y, mask, args):
     hint = f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1)
     own = of_samples(args, lead, hint)
     if y.ndim > 2 or self.checked or len(y) < 2 or not any(own): return own
-    def losses(k):
-        cut = lambda a: None if a is None else a[:k]
+    def losses(i, j):
+        cut = lambda a: None if a is None else a[i:j]
         some = [cut(a) if o else a for a, o in zip(args, own)]
-        return sample_losses(self.loss_fn, y.detach()[:k], *some, mask=cut(mask))
-    whole, again, first = losses(len(y)), losses(len(y)), losses(1)
-    small = 1e-6*whole.abs().nan_to_num().amax().item()
-    same = torch.allclose(whole[:1], first, 1e-3, small, True)
+        return sample_losses(self.loss_fn, y.detach()[i:j], *some, mask=cut(mask))
+    N, half = len(y), len(y)//2
+    whole, again = losses(0, N), losses(0, N)
+    small, same = 1e-6*whole.abs().nan_to_num().amax().item(), False
+    with contextlib.suppress(RuntimeError):          # shapes that fit the whole only
+        parts = torch.cat([losses(0, half), losses(half, N)])
+        same = torch.allclose(whole, parts, 1e-3, small, True)
     if not same and torch.equal(whole, again): raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
         "per sample where a batch is cut, but the loss of a sample changes with the cut; "
@@ -298,8 +303,13 @@ def _learns(self:OutputLoss, y, mask, args):
     return bool(self.learns)
 
 def _parameters(f):
-    parts = [f, *getattr(f, "__dict__", {}).values()]
-    return [p for o in parts if isinstance(o, nn.Module) for p in o.parameters()]
+    "Those that `f` names: of itself, its attributes, closure, globals, and lists there"
+    code, cells = getattr(f, "__code__", None), getattr(f, "__closure__", None) or ()
+    parts = [f, *getattr(f, "__dict__", {}).values(), *(c.cell_contents for c in cells)]
+    if code: parts += [f.__globals__[k] for k in code.co_names if k in f.__globals__]
+    parts += [x for o in parts if isinstance(o, (list, tuple)) for x in o]
+    found = [o for o in parts if isinstance(o, nn.Parameter)]
+    return found + [p for o in parts if isinstance(o, nn.Module) for p in o.parameters()]
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -325,12 +335,21 @@ def _check_call(self:OutputLoss, y, mask, args):
 # %% ../../nbs/core/05_newton.ipynb #d07e7c75
 @patch
 @contextlib.contextmanager
-def accumulated(self:OutputLoss, batches:Iterable): # Tuples `(y, *args)`
+def accumulated(
+    self:OutputLoss,
+    batches:Iterable,          # Tuples `(y, *args)`
+    masks:Iterable|None=None,  # Their masks, if calls in the context have masks
+):
     "Within this context all calls share the evidence of these micro-batches"
     if not self.direction.shares: raise ValueError(
         f"accumulated: expected one curvature for all samples, got {self.direction!r}")
+    if self.shared: raise ValueError(
+        "accumulated: expected one context of a loss at a time, got one inside another")
     def add():
-        parts = [self._observe(y, None, args)[1] for y, *args in batches]
+        parts, padded = [], repeat(None) if masks is None else masks
+        for (y, *args), mask in zip(batches, padded, strict=masks is not None):
+            parts.append(self._observe(y, mask, args)[1])
+            _sums(parts[0]).fits((*y.shape[:-2], y.shape[-1]), "the other micro-batches")
         if not parts: raise ValueError("batches: expected at least one, got none")
         return sum(parts[1:], parts[0])
     group, memory = Group(self.group), self.direction.memory
@@ -338,8 +357,19 @@ def accumulated(self:OutputLoss, batches:Iterable): # Tuples `(y, *args)`
     if memory:
         self.shared, past = memory(self.shared)
         if self.training: memory.keep(past)
+    self.padded = masks is not None
     try: yield self
     finally: self.shared = None
+
+def _sums(e): return getattr(e, "sums", e)            # of `Krylov`: beside products
+
+@patch
+def _accumulated(self:OutputLoss, y, mask):
+    "The evidence that all calls share, if it is of such outputs"
+    _sums(self.shared).fits((*y.shape[:-2], y.shape[-1]), "the micro-batches")
+    if mask is None or self.padded: return self.shared
+    raise ValueError("mask: expected none, or those of all micro-batches, "
+                     "accumulated(batches, masks)")
 
 # %% ../../nbs/core/05_newton.ipynb #a3afcb89
 class NewtonLoss(OutputLoss):

@@ -81,6 +81,9 @@ def damping(
     found = lam(square, eigenvalues) if callable(lam) else lam
     if not isinstance(found, Tensor):
         return torch.full_like(square, number("lam", found)), 1.
+    if found.ndim and found.shape != square.shape: raise ValueError(
+        f"lam: expected a function that gives a number or shape {tuple(square.shape)}, "
+        f"got {tuple(found.shape)}")
     found = found.to(square).expand(square.shape)
     return found.where((found >= 0) & (found < torch.inf), torch.nan), 1.
 

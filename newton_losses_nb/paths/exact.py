@@ -46,7 +46,7 @@ def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
         m = min(chunk, B - k)
         torch.add(cost[k:k+m].permute(1, 2, 0), 0, out=c[..., :m])
         d.fill_(torch.inf)
-        d[1, 1] = c[0, 0]
+        d[1, 1] = (0*c[0, 0]).nan_to_num(torch.inf)  # all paths pay the first cell
         c[0, 0].zero_()
         for sweep in (first + n_first*[whole])[:n_first]: sweep()
         while True:
