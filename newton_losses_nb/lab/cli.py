@@ -25,7 +25,7 @@ from .records import environment, read_runs
 class Options(Settings):
     "Where data and results lie, and what does the runs"
     data:str = setting("sample", "sample (5,000 digits) or mnist (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with four files like MNIST's, not --data")
+    data_dir:str|None = setting(None, "Folder with MNIST's four files, used instead of --data")
     out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
                                  " default: runs/ and the benchmark's name")
     engine:str = setting("together", "together (all seeds at once), local or ray",
@@ -33,7 +33,7 @@ class Options(Settings):
     shard:str = setting("1/1", "Part of the runs to do: 2/5 is the second of five")
     address:str|None = setting(None, "Ray cluster: auto or host:port; default: here")
     gpus:float = setting(1., "Part of a GPU that a run takes with ray", positive)
-    dry_run:bool = setting(False, "Only say what would run, and what of it is finished")
+    dry_run:bool = setting(False, "Only say what would run, and what is finished (data are read)")
 
     def load(self, given):
         "The data"
@@ -41,11 +41,11 @@ class Options(Settings):
 
 @dataclass
 class PathOptions(Options):
-    "Those of path runs, whose maps are made"
+    "Where maps and results lie, and what does the runs"
     data:str = setting("terrain", "terrain (generated) or warcraft (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with the official files, not --data")
+    data_dir:str|None = setting(None, "Folder with the official files, used instead of --data")
     data_seed:int = setting(0, "Seed of generated maps", whole(0))
-    size:int = setting(12, "Cells on a side of a map", whole(1))
+    size:int = setting(12, "Cells on a side of a map", whole(2))
 
     def load(self, given):
         "The maps"
@@ -69,7 +69,7 @@ def _help(f, default):
     "What an option is, with its known values and its default"
     known = [str(o) for o in getattr(f.metadata["check"], "known", ()) if o is not None]
     text = f.metadata["help"]
-    if f.name == "seed": text = f"How many, or a list such as 0,5,10-12; o{text[1:]}"
+    if f.name == "seed": text += ": a count (3 is 0, 1, 2), or a list such as 0,5,10-12"
     elif f.metadata["option"]: text += ", with commas"
     if known and not any(o in text for o in known): text += ": " + ", ".join(known)
     return text + (f" (default: {default})" if default is not None else "")
@@ -114,8 +114,10 @@ def _start_ray(address):
             return ray
         except Exception as e:
             ray.shutdown()
-            if last or "timed out during startup" not in str(e): raise ConnectionError(
-                f"address: no Ray cluster at {where['address']!r}: {e}") from e
+            if not last and "timed out during startup" in str(e): continue
+            if not address: raise ConnectionError(
+                f"engine: Ray could not start here ({e}); try together") from e
+            raise ConnectionError(f"address: no Ray cluster at {address!r}: {e}") from e
 
 # %% ../../nbs/lab/13_cli.ipynb #5cfaa512
 def _run_job(kind, config, data):
@@ -130,6 +132,7 @@ def ray_engine(
 ) -> Iterator[dict]:       # Their records, as they come
     "The engine that gives each run to a Ray cluster"
     if not tasks: return
+    bar.set_description("starting Ray")
     command, ray = environment()["command"], _start_ray(address)
     try:
         share = gpus if tasks[0].config["device"] != "cpu" else 0
@@ -184,6 +187,9 @@ def _run_grid(name, **args):
     same, lists = _pick(kind, args)
     engine = _engine(options, same["device"])
     unknown = {f.name: 10**9 for f in fields(kind) if f.metadata["option"] == ""}
+    options_of = {f.name: f.metadata["option"] for f in fields(kind)}
+    for k, v in lists.items():
+        if not v: raise ValueError(f"{options_of[k]}: expected at least one, got none")
     wanted = kind.grid(same | unknown, **lists)
     if not wanted: raise ValueError(
         "methods: no such run exists, since relaxed_bf and blackbox have no Hessian")

@@ -31,10 +31,11 @@ class Digits:
         if self.images.dtype != torch.uint8 or shape[1:] != (28, 28): raise ValueError(
             f"{self.source}: expected images of 28 x 28 bytes, got {shape} of "
             f"{self.images.dtype}")
-        if not 0 < len(labels) == shape[0] or set(labels) - set(range(10)):
-            raise ValueError(
-                f"{self.source}: expected a label from 0 to 9 for each image, got "
-                f"{len(labels):,} labels for {shape[0]:,} images")
+        wrong = sorted(set(labels) - set(range(10)))
+        if not 0 < len(labels) == shape[0] or wrong: raise ValueError(
+            f"{self.source}: expected a label from 0 to 9 for each image, got "
+            f"{len(labels):,} labels for {shape[0]:,} images"
+            + f", among them {wrong[0]}"*bool(wrong))
 
     def __len__(self): return len(self.labels)
 
@@ -107,7 +108,7 @@ def _load_dir(folder, source=None):
         "plain or as .gz")
     x, t, x_test, t_test = (read_idx(o, k) for o, k in zip(found, (3, 1, 3, 1)))
     mark = hashlib.sha256(b''.join(map(_idx_bytes, found))).hexdigest()[:12]
-    source = source or f"data-dir {folder.resolve().name} (sha256 {mark})"
+    source = source or f"data-dir mnist (sha256 {mark})"   # whatever its name
     digits, n = Digits(x, t.long(), source), max(1, len(x)//12)
     test = Digits(x_test, t_test.long(), source)
     return {'train': digits[:-n], 'valid': digits[-n:], 'test': test}

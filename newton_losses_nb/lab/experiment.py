@@ -75,7 +75,7 @@ def _value(v):
 
 def whole(low:int): # Smallest value
     "Check for a whole number"
-    return lambda k, v: number(k, int(v) if str(v).isdigit() else v, low, whole=True)
+    return lambda k, v: number(k, int(v) if str(v).isdecimal() else v, low, 2**53, True)
 
 def positive(name, v):
     "Check that the setting `name` has a positive number `v`"

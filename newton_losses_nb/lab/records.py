@@ -90,9 +90,11 @@ def _read_file(f):
         if not line.strip(): continue
         try: yield _record(line)
         except ValueError as e:
+            broken = isinstance(e, json.JSONDecodeError) and f.suffix == ".jsonl"
+            advice = "delete that line: its run will be repeated" if broken else (
+                "is this a file of runs?")
             if i < len(lines): raise ValueError(
-                f"{f}:{i}: cannot be read ({e}); delete that line: its run will be "
-                "repeated") from None
+                f"{f}:{i}: cannot be read ({e}); {advice}") from None
             warnings.warn(f"{f}:{i}: the last line was cut off: its run comes again")
 
 def _files(p):

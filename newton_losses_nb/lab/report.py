@@ -112,8 +112,11 @@ def _score(r, metric):
     if r["status"] == "failed": return np.nan
     known, v = [k for k in r["result"] if _in_percent(k)], r["result"].get(metric)
     if metric in known and v is not None: return 100*v
-    raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}, "
-                     f"which is {v!r}")
+    if not known: raise ValueError("runs: expected results in percent, such as "
+                                   "exact_match, got runs without any")
+    task = r["config"].get("task", "these")
+    raise ValueError(f"metric: expected one of {', '.join(known)} for {task} runs, "
+                     f"got {metric!r}")
 
 def summary(
     runs:list[dict],          # Records, as from `read_runs`
@@ -164,7 +167,7 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
     tested = table[table.p.notna()]
     if not len(tested): return (
         "No comparison with the plain loss: that takes two seeds or more that finished "
-        "in both.")
+        "in both, and scores that differ.")
     d = tested["diff"]
     row = "{setting}, {method} ({diff:+.2f} points, interval {lo:+.2f} to {hi:+.2f})"
     gain = row.format(**tested.loc[d.idxmax()]) if d.max() > 0 else "none"

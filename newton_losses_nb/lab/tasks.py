@@ -96,13 +96,15 @@ class Sorting(Settings):
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry("auto", "Damping λ: number, ledoit_wolf, or auto (as in 0.1)",
+    lam:float|str = entry("auto", "Damping λ: number, ledoit_wolf, or auto (rule of version 0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     tau:float|None = entry(None, "Temperature of neural_sort and soft_sort", positive)
     steepness:float|None = entry(None, "Steepness of sorting networks", positive)
-    comparators:str = entry("odd_even", "Plan of sorting networks: odd_even or bitonic")
-    loss:str = entry("bce", "bce, cross_entropy, or bce_clamped (that of nn.BCELoss)")
+    comparators:str = entry("odd_even", "Plan of sorting networks",
+                            one_of("odd_even", "bitonic"))
+    loss:str = entry("bce", "bce, cross_entropy, or bce_clamped (that of nn.BCELoss)",
+                     one_of("bce", "cross_entropy", "bce_clamped"))
     network:str = entry("small", "small (CPU) or cnn (the paper's)", one_of(*NETWORKS))
     device:str = entry("cpu", "cpu or cuda")
     precision:str = entry("float32", "Precision of the network", one_of(*PRECISIONS))
@@ -227,7 +229,7 @@ class Paths(Settings):
     epochs:int = entry(8, "Passes through the training maps", whole(1), command=3)
     batch:int = entry(50, "Maps in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry(100., "Damping λ: number, ledoit_wolf, or auto (as in 0.1)",
+    lam:float|str = entry(100., "Damping λ: number, ledoit_wolf, or auto (rule of version 0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
     network:str = entry("small", "small (CPU) or resnet18", one_of(*PATH_NETWORKS))
