@@ -373,7 +373,8 @@ def _recommend(p):
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
     turn, _, newton, whitened = found["Newton direction"]
-    if p.y.shape[1] == 1: return plain(": with one output a Newton step is a rescaling.")
+    if p.y.shape[1] == 1: return plain(
+        ": with one output a Newton step is a rescaling.")
     if turn >= 0.9: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
     def reduces(x): return f"reduce the loss {x:.2f} times as much as gradient steps"
@@ -438,8 +439,8 @@ class LossReport:
         line = "nothing, before this is mended" if self.fatal else self.line
         lines.append(f"4. Recommended:            {line}")
         if not self.fatal and self.make is not NormalizedLoss:
-            kw = {k: v for k, v in self.options.items() if k in ("check", "on_nonfinite")}
-            control = self._call(NormalizedLoss, kw)
+            same = [k for k in ("check", "on_nonfinite") if k in self.options]
+            control = self._call(NormalizedLoss, {k: self.options[k] for k in same})
             lines.append(f"   Train beside it:        {control}")
         why = textwrap.indent(textwrap.fill(self.why, 85), "   ")
         return "\n".join(lines + [why]*bool(why))

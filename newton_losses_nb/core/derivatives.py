@@ -74,8 +74,8 @@ def of_samples(args, lead:list, hint:str="") -> list[bool]:
     for i, a in enumerate(args):
         if tensor[i] and not own[i] and len(a) > 1: raise ValueError(
             f"args[{i}]: expected one row per sample, first dimensions {lead}, where a "
-            f"batch is cut, got shape {[*a.shape]}; what all samples share has 1 row, or "
-            f"is bound by functools.partial{hint}")
+            f"batch is cut, got shape {[*a.shape]}; what all samples share has 1 row, "
+            f"or is bound by functools.partial{hint}")
     return own
 
 # %% ../../nbs/core/01_derivatives.ipynb #10100974

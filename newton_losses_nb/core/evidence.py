@@ -76,7 +76,8 @@ class Evidence(NamedTuple):
         "Raise unless this is of `what`, with leading dimensions and outputs `shape`"
         own = None if self.square is None else tuple(self.square.shape)
         if own not in (None, shape): raise ValueError(
-            f"y: expected the leading dimensions and outputs of {what}, {own}, got {shape}")
+            f"y: expected the leading dimensions and outputs of {what}, {own}, got "
+            f"{shape}")
 
     def __add__(self, other):
         *sums, rows = (None if a is None else (a, b) for a, b in zip(self, other))

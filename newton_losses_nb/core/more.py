@@ -51,8 +51,8 @@ class _Memory(nn.Module):
             return own, [None if x is None else x.ndim for x in e[3:]]
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
             "memory: expected evidence like that remembered, leading dimensions and "
-            f"outputs {kind(self.past[0])}, got {kind(e)}; reset() it for another task, "
-            "or pad batches to one width")
+            f"outputs {kind(self.past[0])}, got {kind(e)}; reset() it for another "
+            "task, or pad batches to one width")
         return [p.map(lambda x: x.to(e.square)) for p in self.past]
 
 # %% ../../nbs/core/06_more.ipynb #790c593b

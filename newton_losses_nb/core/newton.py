@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import of_samples, random_signs, sample_losses, widened
+from .derivatives import of_samples, random_signs, sample_losses
+from .derivatives import widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -266,9 +267,9 @@ def _of_samples(self:OutputLoss, y, mask, args):
         same = torch.allclose(whole, parts, 1e-3, small, True)
     if not same and torch.equal(whole, again): raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
-        "per sample where a batch is cut, but the loss of a sample changes with the cut; "
-        "what all samples share has 1 row, shape (1, m) for m outputs, and samples must "
-        "not depend on each other")
+        "per sample where a batch is cut, but the loss of a sample changes with the "
+        "cut; what all samples share has 1 row, shape (1, m) for m outputs, and samples "
+        "must not depend on each other")
     return own
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7
@@ -309,7 +310,8 @@ def _parameters(f):
     if code: parts += [f.__globals__[k] for k in code.co_names if k in f.__globals__]
     parts += [x for o in parts if isinstance(o, (list, tuple)) for x in o]
     found = [o for o in parts if isinstance(o, nn.Parameter)]
-    return found + [p for o in parts if isinstance(o, nn.Module) for p in o.parameters()]
+    modules = (o for o in parts if isinstance(o, nn.Module))
+    return found + [p for o in modules for p in o.parameters()]
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -349,7 +351,7 @@ def accumulated(
         parts, padded = [], repeat(None) if masks is None else masks
         for (y, *args), mask in zip(batches, padded, strict=masks is not None):
             parts.append(self._observe(y, mask, args)[1])
-            _sums(parts[0]).fits((*y.shape[:-2], y.shape[-1]), "the other micro-batches")
+            _check_shared(parts[0], y, "the other micro-batches")
         if not parts: raise ValueError("batches: expected at least one, got none")
         return sum(parts[1:], parts[0])
     group, memory = Group(self.group), self.direction.memory
@@ -361,12 +363,13 @@ def accumulated(
     try: yield self
     finally: self.shared = None
 
-def _sums(e): return getattr(e, "sums", e)            # of `Krylov`: beside products
+def _check_shared(e, y, what):
+    getattr(e, "sums", e).fits((*y.shape[:-2], y.shape[-1]), what)   # or `Krylov`'s
 
 @patch
 def _accumulated(self:OutputLoss, y, mask):
     "The evidence that all calls share, if it is of such outputs"
-    _sums(self.shared).fits((*y.shape[:-2], y.shape[-1]), "the micro-batches")
+    _check_shared(self.shared, y, "the micro-batches")
     if mask is None or self.padded: return self.shared
     raise ValueError("mask: expected none, or those of all micro-batches, "
                      "accumulated(batches, masks)")

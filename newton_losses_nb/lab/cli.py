@@ -25,7 +25,7 @@ from .records import environment, read_runs
 class Options(Settings):
     "Where data and results lie, and what does the runs"
     data:str = setting("sample", "sample (5,000 digits) or mnist (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with MNIST's four files, used instead of --data")
+    data_dir:str|None = setting(None, "Folder with MNIST's files, in place of --data")
     out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
                                  " default: runs/ and the benchmark's name")
     engine:str = setting("together", "together (all seeds at once), local or ray",
@@ -33,7 +33,8 @@ class Options(Settings):
     shard:str = setting("1/1", "Part of the runs to do: 2/5 is the second of five")
     address:str|None = setting(None, "Ray cluster: auto or host:port; default: here")
     gpus:float = setting(1., "Part of a GPU that a run takes with ray", positive)
-    dry_run:bool = setting(False, "Only say what would run, and what is finished (data are read)")
+    dry_run:bool = setting(False, "Only say what would run, and what is finished "
+                                  "(data are read)")
 
     def load(self, given):
         "The data"
@@ -43,7 +44,7 @@ class Options(Settings):
 class PathOptions(Options):
     "Where maps and results lie, and what does the runs"
     data:str = setting("terrain", "terrain (generated) or warcraft (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with the official files, used instead of --data")
+    data_dir:str|None = setting(None, "Folder with the official files, in place of --data")
     data_seed:int = setting(0, "Seed of generated maps", whole(0))
     size:int = setting(12, "Cells on a side of a map", whole(2))
 

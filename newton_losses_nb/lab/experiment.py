@@ -184,7 +184,8 @@ class Task:
         "What is sent back to the outputs"
         c = self.config
         if c["lam"] == STORED: raise ValueError(
-            f"lam: expected a rule that is still there, {' or '.join(RULES)}, got {STORED}")
+            f"lam: expected a rule that is still there, {' or '.join(RULES)}, "
+            f"got {STORED}")
         return self.directions(c["lam"], c["max_norm"])[c["method"]]
 
 # %% ../../nbs/lab/03_experiment.ipynb #8ae57850
