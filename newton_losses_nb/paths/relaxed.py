@@ -160,7 +160,7 @@ def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "
 
 # %% ../../nbs/paths/01_relaxed.ipynb #aae68cee
 def relaxed_bellman_ford(
-    cost:Float[Tensor, "*batch H W"],  # Cost of each cell
+    cost:Float[Tensor, "*batch H W"],  # Cost of each cell, finite: no walls
     beta:float,                        # Inverse temperature β: large is sharp
     n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
     loop:str="for",  # "for": `n_iter` steps back; "while": 16 more, to the start
