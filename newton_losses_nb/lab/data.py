@@ -35,7 +35,7 @@ class Digits:
         if not 0 < len(labels) == shape[0] or wrong: raise ValueError(
             f"{self.source}: expected a label from 0 to 9 for each image, got "
             f"{len(labels):,} labels for {shape[0]:,} images"
-            + f", among them {wrong[0]}"*bool(wrong))
+            + "".join(f", among them {k}" for k in wrong[:1]))
 
     def __len__(self): return len(self.labels)
 
