@@ -59,3 +59,7 @@ def test_used(module):
     for n, _ in names(module):
         word, made = re.compile(rf"(?<![\w.]){n}\b"), re.compile(rf"^(class |def ){n}\b|^{n}(:\w+)? *=|^(\w+, )*{n}(, \w+)* =", re.M)
         assert any(word.search(c) and not made.search(c) for c in CELLS), f"{n} is used nowhere"
+
+def test_no_link_within_a_link():
+    "A public name in a link of the landing page would become a link of its own"
+    assert "[[" not in (ROOT/"README.md").read_text(encoding="utf-8")
