@@ -268,8 +268,8 @@ def _of_samples(self:OutputLoss, y, mask, args):
     if not same and torch.equal(whole, again): raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
         "per sample where a batch is cut, but the loss of a sample changes with the "
-        "cut; what all samples share has 1 row, shape (1, m) for m outputs, and samples "
-        "must not depend on each other")
+        "cut; what all samples share has 1 row, shape (1, m) for m outputs, and "
+        "samples must not depend on each other")
     return own
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7

@@ -44,7 +44,7 @@ class Options(Settings):
 class PathOptions(Options):
     "Where maps and results lie, and what does the runs"
     data:str = setting("terrain", "terrain (generated) or warcraft (downloaded once)")
-    data_dir:str|None = setting(None, "Folder with the official files, in place of --data")
+    data_dir:str|None = setting(None, "Folder with official files, in place of --data")
     data_seed:int = setting(0, "Seed of generated maps", whole(0))
     size:int = setting(12, "Cells on a side of a map", whole(2))
 
