@@ -97,7 +97,7 @@ class Sorting(Settings):
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry("auto", "Damping λ: number, ledoit_wolf or auto (version 0.1)",
+    lam:float|str = entry("auto", "Damping λ: number, ledoit_wolf or auto (v0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     tau:float|None = entry(None, "Temperature of neural_sort and soft_sort", positive)
@@ -230,7 +230,7 @@ class Paths(Settings):
     epochs:int = entry(8, "Passes through the training maps", whole(1), command=3)
     batch:int = entry(50, "Maps in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry(100., "Damping λ: number, ledoit_wolf or auto (version 0.1)",
+    lam:float|str = entry(100., "Damping λ: number, ledoit_wolf or auto (v0.1)",
                           damping_or_rule, command="ledoit_wolf")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
     network:str = entry("small", "small (CPU) or resnet18", one_of(*PATH_NETWORKS))
