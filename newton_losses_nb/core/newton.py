@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
+from types import FunctionType
 from typing import SupportsFloat
 
 import torch
@@ -304,14 +305,15 @@ def _learns(self:OutputLoss, y, mask, args):
     return bool(self.learns)
 
 def _parameters(f):
-    "Those that `f` names: of itself, its attributes, closure, globals, and lists there"
-    code, cells = getattr(f, "__code__", None), getattr(f, "__closure__", None) or ()
-    parts = [f, *getattr(f, "__dict__", {}).values(), *(c.cell_contents for c in cells)]
-    if code: parts += [f.__globals__[k] for k in code.co_names if k in f.__globals__]
-    parts += [x for o in parts if isinstance(o, (list, tuple)) for x in o]
-    found = [o for o in parts if isinstance(o, nn.Parameter)]
-    modules = (o for o in parts if isinstance(o, nn.Module))
-    return found + [p for o in modules for p in o.parameters()]
+    "Tensors that `f` names: of itself, its attributes, closure, globals, lists there"
+    parts = [f, *getattr(f, "__dict__", {}).values()]
+    if isinstance(f, FunctionType):
+        parts += [c.cell_contents for c in f.__closure__ or ()]
+        parts += [f.__globals__.get(k) for k in f.__code__.co_names]
+    for o in parts:
+        for x in o if isinstance(o, (list, tuple)) else (o,):
+            if isinstance(x, Tensor): yield x
+            elif isinstance(x, nn.Module): yield from x.parameters()
 
 @patch
 def _check_gradients(self:OutputLoss, args):
