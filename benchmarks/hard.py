@@ -185,6 +185,7 @@ def main():
     p.add_argument("--rows", type=int, help="only the first rows of the queue")
     a = p.parse_args()
     if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
+    if a.shrink > 1 and a.verb == "paths": p.error("--shrink: not for paths")
     try: study = Paths(a) if a.verb == "paths" else Study(a)
     except OSError as e: p.error(str(e))
     study.go_over() if a.verb == "map" else study.go_through()

@@ -156,19 +156,23 @@ def outputs(net, x):
     y = net(x)
     return y.squeeze(-1) if x.ndim == 3 else y
 
+def train(net, loss, lr, steps, batches):
+    "Adam with a rate that falls to zero; yields after each step"
+    adam = torch.optim.Adam(net.parameters(), lr)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    for x, args in batches:
+        adam.zero_grad()
+        loss(outputs(net, x), *args).backward()
+        adam.step(); rate.step()
+        yield
+
 def run(problem, method, seed):
     "Mean loss on new data after training, and the mean cosine to the gradient"
     torch.manual_seed(seed)
     net, g, cosine = network(problem.layers), seeded(seed), 0.
     loss = METHODS[method](problem.loss)
-    adam = torch.optim.Adam(net.parameters(), problem.lr)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
-    for _ in range(STEPS):
-        x, args = problem.draw(BATCH, g, False)
-        adam.zero_grad()
-        loss(outputs(net, x), *args).backward()
-        adam.step(); rate.step()
-        cosine += loss.cosine/STEPS
+    batches = (problem.draw(BATCH, g, False) for _ in range(STEPS))
+    for _ in train(net, loss, problem.lr, STEPS, batches): cosine += loss.cosine/STEPS
     x, args = problem.draw(TEST, seeded(424242), True)
     with torch.no_grad():
         wide = [a.double() if a.is_floating_point() else a for a in args]

@@ -2,7 +2,7 @@
 
     python benchmarks/units.py --out nbs/results/units_cpu/runs.jsonl
 
-Five learning rates on two seeds that are used for nothing else; the one with the lowest mean loss
+Seven learning rates on two seeds that are used for nothing else; the one with the lowest mean loss
 then on ten others; the default again with the loss multiplied by 1e-4 and 1e4. What is in the file
 already is not run again.
 """
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from newton_losses_nb import Fisher, Hessian, Normalize, OutputLoss, Whiten
 from newton_losses_nb.lab.records import environment
+from other_losses import train
 
 STEPS, BATCH, TEST, TUNING, SEEDS = 400, 64, 1000, (100, 101), range(10)
 RATES, SCALES = (.001, .0018, .0032, .0056, .01, .018, .032), (1., 1e-4, 1e4)
@@ -42,12 +43,9 @@ def run(method, lr, seed, scale):
                         nn.Linear(64, 4))
     scaled = lambda y, t: scale*units(y, t)
     loss = OutputLoss(scaled, *[METHODS[method]]*(method != "plain"))
-    adam = torch.optim.Adam(net.parameters(), lr)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
-    for x, t in zip(*[o.split(BATCH) for o in draw(STEPS*BATCH, seed)]):
-        adam.zero_grad()
-        loss(net(x), t).backward()
-        adam.step(); rate.step()
+    x, t = draw(STEPS*BATCH, seed)
+    batches = zip(x.split(BATCH), zip(t.split(BATCH)))
+    for _ in train(net, loss, lr, STEPS, batches): pass
     x, t = draw(TEST, 10_000 + seed)
     with torch.no_grad(): return float(units(net(x), t).mean())
 

@@ -84,3 +84,20 @@ def test_conclusion():
     said = conclusion(pd.DataFrame(rows))
     assert said.startswith("2 comparisons with the plain loss, 1 significant") and "largest gain: none" in said
     assert "largest loss: a, rms (-3.00 points, interval -4.00 to -2.00)" in said and "few seeds decide nothing" in said
+
+@pytest.mark.parametrize("line, says", [
+    ("sorting --seeds 3-1", "seeds: expected at least one, got none"), ("sorting --relaxations ,", "relaxations: expected at least one"),
+    ("paths --samples ,", "samples: expected at least one"), ("sorting --comparators foo", "comparators: expected one of odd_even, bitonic"),
+    ("sorting --loss mse", "loss: expected one of bce, cross_entropy, bce_clamped"), ("sorting --steps ²", "steps: expected a whole number, at least 1, got '²'"),
+    ("sorting --seeds 99999999999999999999,", "seed: expected a whole number, at least 0, got 99999999999999999999"), ("paths --size 1 --dry-run", "size: expected a whole number, at least 2")])
+def test_the_option_that_is_wrong_is_named(line, says, capsys):
+    assert cli.nl_bench(line.split()) == 2
+    assert f"nl_bench: {says}" in capsys.readouterr().err
+
+def test_files_that_hold_no_runs(tmp_path, capsys):
+    "No advice to delete what is whole; of runs without percentages it is said what is missing"
+    file = tmp_path/"other.jsonl"
+    for text, says in (('{"a": 1}\n', "is this a file of runs?"), ("{broken\n", "delete that line: its run will be repeated")):
+        file.write_text(text)
+        assert cli.nl_report([str(tmp_path)]) == 2 and says in capsys.readouterr().err
+    assert cli.nl_report([str(ROOT/"nbs"/"results"/"check_cpu")]) == 2 and "got runs without any" in capsys.readouterr().err

@@ -558,7 +558,8 @@ def test_micro_batches_of_padded_sets(way):
         for i in parts: close(sent(loss, y[i], u[i], mask=mask[i])*len(y[i])/6, want[i])
     with loss.accumulated([(y, u)]), pytest.raises(ValueError, match=r"mask: expected none, or those of all micro-batches"):
         sent(loss, y, u, mask=mask)
-    with pytest.raises(ValueError, match="zip"): loss.accumulated([(y, u)], [mask, mask]).__enter__()
+    for batches, masks in (([(y, u)], [mask, mask]), ([(y, u)]*2, [mask])):
+        with pytest.raises(ValueError, match="masks: expected as many as there are micro-batches"): loss.accumulated(batches, masks).__enter__()
 
 @pytest.mark.parametrize("way", SUMS.values(), ids=SUMS)
 def test_micro_batches_of_one_shape(way):

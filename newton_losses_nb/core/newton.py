@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import repeat
+from itertools import zip_longest
 from types import FunctionType
 from typing import SupportsFloat
 
@@ -350,8 +350,12 @@ def accumulated(
     if self.shared: raise ValueError(
         "accumulated: expected one context of a loss at a time, got one inside another")
     def add():
-        parts, padded = [], repeat(None) if masks is None else masks
-        for (y, *args), mask in zip(batches, padded, strict=masks is not None):
+        parts, padded = [], masks is not None
+        both = zip_longest(batches, masks) if padded else ((b, None) for b in batches)
+        for b, mask in both:
+            if b is None or padded and mask is None: raise ValueError(
+                "masks: expected as many as there are micro-batches")
+            y, *args = b
             parts.append(self._observe(y, mask, args)[1])
             _check_shared(parts[0], y, "the other micro-batches")
         if not parts: raise ValueError("batches: expected at least one, got none")
