@@ -19,21 +19,13 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 from tqdm import tqdm
 
-from newton_losses_nb import Fisher, OutputLoss, Whiten, check_loss
+from newton_losses_nb import Direction, Fisher, Hessian, OutputLoss, Whiten, check_loss
 from newton_losses_nb.lab.records import environment
 
 STEPS, BATCH, TEST, SEEDS = 250, 64, 1500, range(10)
 
-class Before(Fisher):
-    "The Fisher with the length it had before: shorter wherever lengths are uneven"
-    quick = None
-    def forward(self, e, G, mask=None):
-        even = e.bound**(e.square.sum(-1).square()/e.fourths)
-        return super().forward(e, G, mask)/e.bound*even
-
-METHODS = {"plain": lambda f: OutputLoss(f), "default": lambda f: OutputLoss(f, Fisher()),
-           "default, length before": lambda f: OutputLoss(f, Before()),
-           "whiten": lambda f: OutputLoss(f, Whiten())}
+METHODS = {"plain": Direction(), "default": Fisher(), "default, Hessian": Hessian(),
+           "whiten": Whiten()}
 
 # ---------------------------------------------------------------- losses and their data
 
@@ -170,7 +162,7 @@ def run(problem, method, seed):
     "Mean loss on new data after training, and the mean cosine to the gradient"
     torch.manual_seed(seed)
     net, g, cosine = network(problem.layers), seeded(seed), 0.
-    loss = METHODS[method](problem.loss)
+    loss = OutputLoss(problem.loss, METHODS[method])
     batches = (problem.draw(BATCH, g, False) for _ in range(STEPS))
     for _ in train(net, loss, problem.lr, STEPS, batches): cosine += loss.cosine/STEPS
     x, args = problem.draw(TEST, seeded(424242), True)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from newton_losses_nb import Fisher, Hessian, Normalize, OutputLoss, Whiten
+from newton_losses_nb import Direction, Fisher, Hessian, Normalize, OutputLoss, Whiten
 from newton_losses_nb.lab.records import environment
 from other_losses import train
 
 STEPS, BATCH, TEST, TUNING, SEEDS = 400, 64, 1000, (100, 101), range(10)
 RATES, SCALES = (.001, .0018, .0032, .0056, .01, .018, .032), (1., 1e-4, 1e4)
-METHODS = {"plain": None, "normalised": Normalize(), "whiten": Whiten(), "default": Fisher(),
+METHODS = {"plain": Direction(), "normalised": Normalize(), "whiten": Whiten(), "default": Fisher(),
            "default, Hessian": Hessian()}
 SIZES = torch.logspace(1, -1, 4)
 TURN = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(7)))[0]
@@ -42,7 +42,7 @@ def run(method, lr, seed, scale):
     net = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                         nn.Linear(64, 4))
     scaled = lambda y, t: scale*units(y, t)
-    loss = OutputLoss(scaled, *[METHODS[method]]*(method != "plain"))
+    loss = OutputLoss(scaled, METHODS[method])
     x, t = draw(STEPS*BATCH, seed)
     batches = zip(x.split(BATCH), zip(t.split(BATCH)))
     for _ in train(net, loss, lr, STEPS, batches): pass

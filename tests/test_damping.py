@@ -33,6 +33,10 @@ def bound(G):
     even = lengths.sqrt().mean()**2/lengths.square().mean().sqrt()
     return even**(lengths.pow(4).sum()/lengths.square().sum()**2)
 
+def typical(e, lam):
+    "The geometric mean of eigenvalues and λ, by definition"
+    return torch.stack([abs(x) + lam for x in e]).prod()**(1/len(e))
+
 def by_sums(kind, G, H):
     "The direction with the automatic λ, one sample after another"
     N, m = G.shape
@@ -46,6 +50,7 @@ def by_sums(kind, G, H):
     lam = mu*rho/(1 - rho)
     if kind == "fisher": lam = lam.maximum(m*mu*(N**-.5 - 1/m))
     else: lam = lam + 2*(-e.min()).clamp_min(0)
+    lam = lam + typical(e, lam)
     D = torch.stack([torch.linalg.solve(C + lam*torch.eye(m).to(C), g) for g in G])
     return bound(G)*(mu + lam)*D
 
@@ -69,9 +74,23 @@ def test_no_more_directions_than_the_root_of_the_samples():
     mu = G.square().mean()
     lam = 50*mu*(1/3 - 1/50)
     F = G.mT @ G/9
-    assert_close(D, bound(G)*(mu + lam)*torch.linalg.solve(F + lam*torch.eye(50).to(F), G.mT).mT)
     e = torch.linalg.eigvalsh(F)
+    more = lam + typical(e, lam)
+    assert_close(D, bound(G)*(mu + more)*torch.linalg.solve(F + more*torch.eye(50).to(F), G.mT).mT)
     assert (e/(e + lam)).sum() < 3
+
+
+@pytest.mark.parametrize("power", [.3, .5, .8, 1.])
+def test_halfway_on_a_logarithmic_scale(power):
+    "Eigenvalues known exactly, 10⁸ apart: factors at most 10⁴ apart, for Newton's step as for whitening"
+    e = torch.logspace(-4, 4, 9, dtype=torch.float64)
+    y = torch.cat([torch.eye(9), -torch.eye(9)]).double()
+    _, D = OutputLoss(lambda y: (e*y.square()).sum(-1)/2, Hessian(power=power)).directions(y)
+    factor = (D/(e*y).where(y != 0, 1)).amax(0)
+    lam = 1e-6*e.mean()                                         # nothing but its least value
+    if power > .5: lam = lam + (2*power - 1)*typical(e, lam)
+    assert_close(factor/factor[0], ((e[0] + lam)/(e + lam))**power)
+    assert factor.amax()/factor.amin() < 1.1e4
 
 
 ALL = [Fisher(), Hessian(), Hessian(eigenvalues="abs"), Hessian(eigenvalues="clip", power=.5), Whiten(), DiagonalFisher(),
@@ -131,7 +150,8 @@ def test_one_sample_alone():
     for d, g, h in zip(D, G, H):
         e, V = torch.linalg.eigh(h)
         mu = e.abs().mean()
-        assert_close(d, 2*mu*V @ ((V.mT @ g)/(e.abs() + mu)))
+        lam = mu + typical(e, mu)
+        assert_close(d, (mu + lam)*V @ ((V.mT @ g)/(e.abs() + lam)))
 
 
 def test_remembered_samples_are_samples():
@@ -222,6 +242,7 @@ def test_explicit_sums_with_a_mask(kind):
     noise = (sum(c.square().sum() for c in each)/N/(sum(each)/N).square().sum() - 1)/(N - 1)
     rho = noise/(1 - m*e.mean()**2/e.square().sum())
     lam = e.mean()*rho/(1 - rho)
+    lam = lam + typical(e, lam)
     assert 0 < rho < 1
     assert_close(OutputLoss(loss, direction).directions(y, u, mask=mask)[1][mask],
                  auto_by_number(loss, direction, lam, e.mean(), G)(y, u, mask)[mask])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .derivatives import check_outputs, derivatives, widened
 from .evidence import Batch
-from .directions import Direction, Fisher, Whiten
+from .directions import Direction, Fisher, Hessian, Whiten
 from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
 
@@ -298,9 +298,12 @@ def _ask_size(p):
     return _ok(text, rms)
 
 # %% ../../nbs/core/07_check.ipynb #6c53f157
-def _by_part(direction, G, rows):
+_FEW = 32 # Outputs; a Hessian of more takes too long here
+
+def _by_part(direction, G, rows, H=None):
     "Directions of all gradients by the curvature of some"
-    return direction(direction.observe(Batch(None, G[rows], None)), G)
+    part = Batch(None, G[rows], None if H is None else H[rows])
+    return direction(direction.observe(part), G)
 
 def _halves(G):
     "Eight random halves of the rows, whatever their order"
@@ -319,9 +322,11 @@ def _turn(G):
 def _taken(p, direction, rows, others):
     "Most that ten steps take off the loss of `rows`, by the curvature of `others`"
     def value(y): return p.values(y)[rows].mean().nan_to_num(torch.inf, torch.inf)
+    exact = partial(derivatives, p.loss_fn, second=direction.second, check=False)
     def along(y):
-        G = p.gradient(y).where(p.good[:, None], 0).nan_to_num()
-        return _by_part(direction, G.double(), others).to(y)
+        _, G, H = p.call(exact, y)
+        G = G.where(p.good[:, None], 0).nan_to_num().double()
+        return _by_part(direction, G, others, H if H is None else H.double()).to(y)
     D = along(p.y)
     unit = float(((_rms(p.y) or 1.)/D[rows].square().mean().sqrt()).log10())
     tried = (unit + k/3 for k in range(-15, 4))
@@ -334,19 +339,21 @@ def _taken(p, direction, rows, others):
 
 def _gains(p):
     "Loss that steps along a direction take, over what steps along the gradient take"
-    where = p.good.nonzero()[:, 0]
+    where, tried = p.good.nonzero()[:, 0], [Direction(), Fisher(), Whiten()]
+    right = p.found["second derivative"].value == "right" and p.y.shape[1] <= _FEW
+    if right and p.found["float32"].verdict == "ok": tried.append(Hessian())
     a, b = (where[half] for half in _halves(p.G[where])[0])
-    plain, *taken = [_taken(p, direction, a, b) + _taken(p, direction, b, a)
-                     for direction in (Direction(), Fisher(), Whiten())]
-    return [max(0., o/plain) if plain > 0 else 1. for o in taken]
+    plain, *taken = [_taken(p, d, a, b) + _taken(p, d, b, a) for d in tried]
+    gains = [max(0., o/plain) if plain > 0 else 1. for o in taken]
+    return gains + [1.]*(3 - len(gains))
 
 def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
-    newton, whitened = _gains(p) if turn < 0.9 else (1., 1.)
+    gains = _gains(p) if turn < 0.9 else [1., 1., 1.]
     return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
-               "the batch", (turn, halves, newton, whitened))
+               "the batch", (turn, halves, *gains))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 def _recommend(p):
@@ -372,23 +379,22 @@ def _recommend(p):
         ". Mend the gradient first; no direction helps a wrong one.")
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
-    turn, _, newton, whitened = found["Newton direction"]
+    turn, _, newton, whitened, hessian = found["Newton direction"]
     if p.y.shape[1] == 1: return plain(
         ": with one output a Newton step is a rescaling.")
     if turn >= 0.9: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
     def reduces(x): return f"reduce the loss {x:.2f} times as much as gradient steps"
-    if max(newton, whitened) < 1.2: return plain(
-        f": ten Newton steps on the outputs {reduces(newton)}, ten whitened ones "
-        f"{whitened:.2f} times; 1.2 times would count.")
+    most = max(newton, whitened, hessian)
+    if most < 1.25: return plain(
+        f": ten Newton steps on the outputs, or ten whitened ones, {reduces(most)} at "
+        "most; 1.25 times would count.")
     start = " Train with it from the start: in mid-training it upsets Adam's averages."
-    if newton < whitened: return OutputLoss, dict(direction=Whiten()) | kw, (
-        f"Whitening, half of a Newton step: ten steps {reduces(whitened)}.{start}")
-    why = f"Newton's step turns the gradient, and ten steps {reduces(newton)}.{start}"
-    if found["second derivative"] == "right" and single == "ok":
-        why += (" The second derivative is right, so you may also try "
-                "curvature='hessian', eigenvalues='abs'.")
-    return NewtonLoss, kw, why
+    if most == whitened: return OutputLoss, dict(direction=Whiten()) | kw, (
+        f"Whitening, half of a Newton step: ten steps {reduces(most)}.{start}")
+    if most == hessian: kw = dict(curvature="hessian") | kw
+    return NewtonLoss, kw, (
+        f"Newton's step turns the gradient, and ten steps {reduces(most)}.{start}")
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)

@@ -200,7 +200,7 @@ class Krylov(Damped):
         if self.lam != "auto": return damping(self.lam, s)
         N, total = nonzero(s.samples), s.total.square().sum(-1).mean(-1)
         size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N
-        even = (trace.square()/s.outputs/size).clamp_max(1)
+        even = (trace.square()/s.outputs/size).nan_to_num(1.).clamp_max(1)
         return auto_damping(s, (size/s.outputs).sqrt(), even, total)
 
     def forward(self, e, G, mask=None):

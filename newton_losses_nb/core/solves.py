@@ -6,6 +6,7 @@
 __all__ = ['SPECTRA', 'auto_damping', 'damping', 'spectrum', 'spectral_step', 'fisher_step']
 
 # %% ../../nbs/core/03_solves.ipynb #4a75def6
+from collections.abc import Callable
 from numbers import Real
 
 import torch
@@ -47,17 +48,27 @@ def auto_damping(
     power:float=1.,           # Power of the direction
     least=0.,                 # Least λ, in units of μ
     lift=0.,                  # What is added to λ for negative eigenvalues
+    mean_log:Callable|None=None, # Of the eigenvalues with λ added; None: unknown
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
-    "λ by Ledoit and Wolf, and the factor that gives a direction its length"
+    "λ of the samples, and the factor that gives a direction its length"
     N, spread = e.samples, e.fourths if e.spread is None else e.spread
     noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
     ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
     lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
+    if power > .5:                               # the typical eigenvalue
+        typical = mean_log(lam).exp() if mean_log else mu*even.sqrt()
+        lam = lam + (2*power - 1)*typical
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.bound*length)[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #544d4c60
+def _plus(K, lam):
+    "K + λI"
+    K = K.clone()
+    K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
+    return K
+
 def damping(
     lam,                    # A number, "auto", or a function
     e:Evidence,             # Sums over the samples
@@ -74,9 +85,16 @@ def damping(
         else:
             trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
             bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
+        def mean_log(lam):
+            if eigenvalues is None:
+                L = torch.linalg.cholesky_ex(_plus(K, lam)).L
+                logs = 2*L.diagonal(dim1=-2, dim2=-1).log()
+            else: logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log()
+            return (logs.sum(-1) + (m - logs.shape[-1])*lam.log())/m
         whole = eigenvalues is None and not isinstance(e.count, Tensor)
         total = (e.count*norm).square() if whole else e.size
-        return auto_damping(e, trace/m, (trace/norm).square()/m, total, power, *bounds)
+        even = (trace/norm).square()/m
+        return auto_damping(e, trace/m, even, total, power, *bounds, mean_log)
     square = e.mean_square
     found = lam(square, eigenvalues) if callable(lam) else lam
     if not isinstance(found, Tensor):
@@ -128,9 +146,7 @@ def spectral_step(
 # %% ../../nbs/core/03_solves.ipynb #b670f35d
 def _gram_step(K, e, G, lam):
     "Rows (F + λI)⁻¹G_i by a Cholesky factor; K = gram(e.mean)"
-    K = K.clone()
-    K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
-    L = torch.linalg.cholesky_ex(K).L
+    L = torch.linalg.cholesky_ex(_plus(K, lam)).L
     if e.rows.shape[-2] >= e.rows.shape[-1]: return torch.cholesky_solve(G.mT, L).mT
     if e.rows is G: return torch.cholesky_solve(G, L)
     A = e.mean

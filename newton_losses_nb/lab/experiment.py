@@ -42,15 +42,15 @@ def first_rule(
     size = torch.maximum(eigenvalues.abs().mean(-1), square.sqrt())/10
     return lift + size.clamp_min(torch.finfo(square.dtype).tiny)
 
-RULES = {"ledoit_wolf": "auto", "auto": first_rule} # λ by a name in a configuration
-STORED = "shrinkage" # The same λ with another length, in stored records only
+RULES = {"geometric": "auto", "auto": first_rule} # λ by a name in a configuration
+STORED = "shrinkage", "ledoit_wolf" # Rules of stored records only
 
 def directions(
     lam:float|str|Callable|None=None, # Damping λ, or a key of `RULES`
     max_norm:float|None=None,         # Largest norm of "clip" and "clip_grad"
 ) -> dict[str, Direction]:            # The methods by name
     "What may be sent back to the outputs"
-    lam = "auto" if lam in (None, STORED) else RULES.get(lam, lam)
+    lam = "auto" if lam in (None, *STORED) else RULES.get(lam, lam)
     max_norm = 1. if max_norm is None else max_norm
     return {
         "none": Direction(), "fisher": Fisher(lam), "hessian": Hessian(lam),
@@ -84,7 +84,7 @@ def positive(name, v):
 
 def damping_or_rule(name, v):
     "Check λ, the value `v` of `name`: a number, the name of a rule, or a function"
-    if not isinstance(_value(v), str) or v in (*RULES, STORED): return _value(v)
+    if not isinstance(_value(v), str) or v in (*RULES, *STORED): return _value(v)
     raise ValueError(f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
 
 # %% ../../nbs/lab/03_experiment.ipynb #13a8e0b1
@@ -183,9 +183,9 @@ class Task:
     def direction(self):
         "What is sent back to the outputs"
         c = self.config
-        if c["lam"] == STORED: raise ValueError(
+        if c["lam"] in STORED: raise ValueError(
             f"lam: expected a rule that is still there, {' or '.join(RULES)}, "
-            f"got {STORED}")
+            f"got {c['lam']}")
         return self.directions(c["lam"], c["max_norm"])[c["method"]]
 
 # %% ../../nbs/lab/03_experiment.ipynb #8ae57850
