@@ -30,7 +30,7 @@ def derivatives(y, u):
 def bound(G):
     "Factor on the length: less than 1 if a few samples are much longer than the others"
     lengths = G.norm(dim=1)
-    even = lengths.sqrt().mean()**2/lengths.square().mean().sqrt()
+    even = lengths.pow(1/4).mean()**4/lengths.square().mean().sqrt()
     return even**(lengths.pow(4).sum()/lengths.square().sum()**2)
 
 def typical(e, lam):

@@ -50,7 +50,7 @@ class Evidence(NamedTuple):
     count: Float[Tensor, "*b m"]|float|None = None # How many samples have each output
     samples: Float[Tensor, "*b"]|float|None = None # How many samples there are
     spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of their curvatures
-    roots: Float[Tensor, "*b"]|None = None    # Square roots of their gradients' lengths
+    roots: Float[Tensor, "*b"]|None = None    # Fourth roots of their gradients' lengths
     fourths: Float[Tensor, "*b"]|None = None  # Fourth powers of them
     total: Float[Tensor, "..."]|None = None   # Curvatures, or their diagonals
     rows: Float[Tensor, "*b M m"]|None = None # Gradients, for a Fisher
@@ -62,7 +62,7 @@ class Evidence(NamedTuple):
         square = squares.sum(-2)
         if lengths:
             own = squares.sum(-1)
-            more |= dict(roots=own.pow(.25).sum(-1), fourths=own.square().sum(-1))
+            more |= dict(roots=own.pow(1/8).sum(-1), fourths=own.square().sum(-1))
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         return cls(square, *[float(b.G.shape[-2])]*2, **more)
 
@@ -138,7 +138,9 @@ def size(self:Evidence) -> Float[Tensor, "*b"]:
 def bound(self:Evidence) -> Float[Tensor, "*b"]:
     "Factor on lengths, at most 1: 1 if many samples make the sum, less if one explodes"
     square, tiny = self.square.sum(-1), torch.finfo(self.square.dtype).tiny
-    even = self.roots.square()/(square*self.samples**3).sqrt().clamp_min(tiny)
+    N = nonzero(self.samples)
+    typical, size = (self.roots/N)**4, (square/N).sqrt()
+    even = typical/size.clamp_min(tiny)
     few = self.fourths/square.square().clamp_min(tiny)   # NaN: too large for a square
     return even**few.nan_to_num(1.)
 
