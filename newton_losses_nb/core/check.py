@@ -339,23 +339,25 @@ def _taken(p, direction, rows, others):
 
 def _gains(p):
     "Loss that steps along a direction take, over what steps along the gradient take"
-    where, tried = p.good.nonzero()[:, 0], [Direction(), Fisher(), Whiten()]
+    where, tried = p.good.nonzero()[:, 0], [Direction(), Whiten()]
     right = p.found["second derivative"].value == "right" and p.y.shape[1] <= _FEW
     if right and p.found["float32"].verdict == "ok": tried.append(Hessian())
     a, b = (where[half] for half in _halves(p.G[where])[0])
     plain, *taken = [_taken(p, d, a, b) + _taken(p, d, b, a) for d in tried]
     gains = [max(0., o/plain) if plain > 0 else 1. for o in taken]
-    return gains + [1.]*(3 - len(gains))
+    return gains + [1.]*(2 - len(gains))
 
 def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
-    gains = _gains(p) if turn < 0.9 else [1., 1., 1.]
+    gains = _gains(p) if turn < 0.9 else [1., 1.]
     return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
                "the batch", (turn, halves, *gains))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
+_NEWTON, _WHITENED = 4/3, 1.01 # What must be gained
+
 def _recommend(p):
     "A class, its options, and why"
     found, single = {q: f.value for q, f in p.found.items()}, p.found["float32"].verdict
@@ -379,22 +381,20 @@ def _recommend(p):
         ". Mend the gradient first; no direction helps a wrong one.")
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
-    turn, _, newton, whitened, hessian = found["Newton direction"]
+    turn, _, whitened, newton = found["Newton direction"]
     if p.y.shape[1] == 1: return plain(
         ": with one output a Newton step is a rescaling.")
     if turn >= 0.9: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
-    def reduces(x): return f"reduce the loss {x:.2f} times as much as gradient steps"
-    most = max(newton, whitened, hessian)
-    if most < 1.25: return plain(
-        f": ten Newton steps on the outputs, or ten whitened ones, {reduces(most)} at "
-        "most; 1.25 times would count.")
-    start = " Train with it from the start: in mid-training it upsets Adam's averages."
-    if most == whitened: return OutputLoss, dict(direction=Whiten()) | kw, (
-        f"Whitening, half of a Newton step: ten steps {reduces(most)}.{start}")
-    if most == hessian: kw = dict(curvature="hessian") | kw
-    return NewtonLoss, kw, (
-        f"Newton's step turns the gradient, and ten steps {reduces(most)}.{start}")
+    def take(x): return f"ten steps take {x:.2f} times as much of the loss"
+    start = " as gradient steps. Train with it from the start, not from mid-training."
+    if newton >= _NEWTON: return NewtonLoss, dict(curvature="hessian") | kw, (
+        f"Newton's step turns the gradient, and on the outputs {take(newton)}{start}")
+    if whitened >= _WHITENED: return OutputLoss, dict(direction=Whiten()) | kw, (
+        "Whitening, half of a Newton step, turns the gradient, and on the outputs "
+        f"{take(whitened)}{start}")
+    return plain(f": on the outputs whitened gradients take {whitened:.2f} times as much "
+                 "of the loss in ten steps as gradients.")
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)

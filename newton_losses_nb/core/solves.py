@@ -45,10 +45,10 @@ def auto_damping(
     mu:Float[Tensor, "*b"],   # Mean size μ of the eigenvalues
     even:Float[Tensor, "*b"], # Their evenness mμ²/‖C‖²; 1: all of one size
     total:Float[Tensor, "*b"], # ‖ΣC_i‖², N²‖C‖² if all samples have all outputs
+    typical:Callable,         # λ₀ to the geometric mean of the eigenvalues + λ₀
     power:float=1.,           # Power of the direction
     least=0.,                 # Least λ, in units of μ
     lift=0.,                  # What is added to λ for negative eigenvalues
-    mean_log:Callable|None=None, # Of the eigenvalues with λ added; None: unknown
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ of the samples, and the factor that gives a direction its length"
     N, spread = e.samples, e.fourths if e.spread is None else e.spread
@@ -56,9 +56,7 @@ def auto_damping(
     ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
     lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
-    if power > .5:                               # the typical eigenvalue
-        typical = mean_log(lam).exp() if mean_log else mu*even.sqrt()
-        lam = lam + (2*power - 1)*typical
+    if power > .5: lam = lam + (2*power - 1)*typical(lam)
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.bound*length)[..., None, None]
 
@@ -85,16 +83,16 @@ def damping(
         else:
             trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
             bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
-        def mean_log(lam):
+        def typical(lam):
             if eigenvalues is None:
                 L = torch.linalg.cholesky_ex(_plus(K, lam)).L
                 logs = 2*L.diagonal(dim1=-2, dim2=-1).log()
             else: logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log()
-            return (logs.sum(-1) + (m - logs.shape[-1])*lam.log())/m
+            return ((logs.sum(-1) + (m - logs.shape[-1])*lam.log())/m).exp()
         whole = eigenvalues is None and not isinstance(e.count, Tensor)
         total = (e.count*norm).square() if whole else e.size
         even = (trace/norm).square()/m
-        return auto_damping(e, trace/m, even, total, power, *bounds, mean_log)
+        return auto_damping(e, trace/m, even, total, typical, power, *bounds)
     square = e.mean_square
     found = lam(square, eigenvalues) if callable(lam) else lam
     if not isinstance(found, Tensor):
