@@ -386,13 +386,12 @@ def _recommend(p):
         ": with one output a Newton step is a rescaling.")
     if turn >= 0.9: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
-    def take(x): return f"ten steps take {x:.2f} times as much of the loss"
-    start = " as gradient steps. Train with it from the start, not from mid-training."
+    def take(x): return (f"turns the gradient, and on the outputs ten steps take {x:.2f} "
+                         "times as much of the loss as gradient steps.")
     if newton >= _NEWTON: return NewtonLoss, dict(curvature="hessian") | kw, (
-        f"Newton's step turns the gradient, and on the outputs {take(newton)}{start}")
+        f"Newton's step {take(newton)}")
     if whitened >= _WHITENED: return OutputLoss, dict(direction=Whiten()) | kw, (
-        "Whitening, half of a Newton step, turns the gradient, and on the outputs "
-        f"{take(whitened)}{start}")
+        f"Whitening, half of a Newton step, {take(whitened)}")
     return plain(f": on the outputs whitened gradients take {whitened:.2f} times as much "
                  "of the loss in ten steps as gradients.")
 
