@@ -1,4 +1,4 @@
-"""Losses that had no part in finding the rule for λ: the default beside the plain loss.
+"""Other losses than sorts and paths: the defaults, whitening and a control beside the plain loss.
 
     python benchmarks/other_losses.py --out nbs/results/other_losses_cpu/runs.jsonl
 
@@ -19,13 +19,13 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 from tqdm import tqdm
 
-from newton_losses_nb import Direction, Fisher, Hessian, OutputLoss, Whiten, check_loss
+from newton_losses_nb import Direction, Fisher, Hessian, Normalize, OutputLoss, Whiten, check_loss
 from newton_losses_nb.lab.records import environment
 
 STEPS, BATCH, TEST, SEEDS = 250, 64, 1500, range(10)
 
 METHODS = {"plain": Direction(), "default": Fisher(), "default, Hessian": Hessian(),
-           "whiten": Whiten()}
+           "whiten": Whiten(), "normalised": Normalize()}
 
 # ---------------------------------------------------------------- losses and their data
 
@@ -137,6 +137,34 @@ def decay(y):
 @problem("two exponentials", (3, 48, 48, 4), .03,
          lambda f, g, test: (decay(f.tanh() + torch.tensor([0., 0., 1., 1.])),))
 def squares(y, c): return (decay(y) - c).square().sum(1)
+
+# Regressions made after the rule was fixed; `spread` is how far apart the outputs' units are
+def waves(x, m):
+    h = (x @ (1.5*torch.randn(4, 2*m, generator=seeded(3)))).sin()
+    return h[:, :m] + .5*h[:, m:]*h[:, :m]
+
+def fresh(name, shape, m, spread, lr, in_units=True, noise=0.):
+    "`shape` of the residual in units that are mixed; are the targets of those sizes, too?"
+    mix = turn(m, 11)*torch.logspace(0, math.log10(spread), m)
+    def draw(n, g, test):
+        x = 2*torch.rand(n, 4, generator=g) - 1
+        u = waves(x, m) + noise*torch.randn(n, m, generator=g)
+        return x, (u @ torch.linalg.inv(mix) if in_units else u,)
+    def loss(y, t): return shape((y - t) @ mix.to(y))
+    PROBLEMS[f"fresh: {name}"] = Problem(loss, (4, 64, 64, m), lr, draw)
+
+def square(r): return r.square().sum(1)/2
+def log_cosh(r): return (r.abs() + F.softplus(-2*r.abs()) - math.log(2)).sum(1)
+def huber(r): return F.huber_loss(r, torch.zeros_like(r), reduction="none").sum(1)
+def root(r): return (r.square().sum(1) + 1).sqrt()
+fresh("4 units", square, 4, 1e2, .003)
+fresh("4 units, targets alike", square, 4, 1e2, .03, in_units=False)
+fresh("3 units, noise", square, 3, 10., .01, noise=.3)
+fresh("6 units, Huber", huber, 6, 10**1.5, .01)
+fresh("8 units, log-cosh", log_cosh, 8, 1e3, .003, noise=.1)
+fresh("3 units, root, targets alike", root, 3, 1e2, .01, in_units=False, noise=.5)
+fresh("16 units", square, 16, 1e2, .003)
+fresh("2 units, log-cosh, targets alike", log_cosh, 2, 10., .03, in_units=False)
 
 # ---------------------------------------------------------------- training
 

@@ -412,8 +412,33 @@ def test_each_method_has_its_own_number():
     torch.manual_seed(0)
     y, t, q = .1*torch.randn(64, 5), torch.randn(64, 1), torch.tensor([.05, .25, .5, .75, .95])
     report = check_loss(lambda y, t: torch.maximum(q.to(y)*(t - y), (q.to(y) - 1)*(t - y)).sum(1), y, t)
-    _, _, newton, whitened = report["Newton direction"].value
-    assert newton < whitened and report.why.index(f"{newton:.2f}") < report.why.index(f"{whitened:.2f} times")
+    turn, _, whitened, newton = report["Newton direction"].value
+    assert newton == 1. and (turn >= .9 or f"{whitened:.2f}" in report.why) and report.line == "OutputLoss(loss_fn)"
+
+def apart(y, t, sizes, f=torch.square): return f((y - t)/sizes[:y.shape[1]].to(y)).sum(1)
+
+@pytest.mark.parametrize("outputs, line", [(4, "NewtonLoss(loss_fn, curvature='hessian')"), (40, "OutputLoss(loss_fn, direction=Whiten())")])
+def test_newton_is_told_where_its_steps_take_more(outputs, line):
+    "Outputs in different units; of more than 32 no Hessian is tried"
+    torch.manual_seed(0)
+    sizes = torch.logspace(1, -1, outputs)
+    y, t = sizes*torch.randn(2, 50*outputs, outputs)
+    report = check_loss(lambda y, t: apart(y, t, sizes), y, t)
+    _, _, whitened, newton = report["Newton direction"].value
+    best = newton if outputs == 4 else whitened
+    assert report.line == line and f"{best:.2f} times" in report.why and best > 1.01 and (outputs == 4 or newton == 1.)
+    y = y.requires_grad_()
+    report.loss()(y, t).backward()
+    assert y.grad.isfinite().all()
+
+def test_no_newton_by_a_hessian_that_is_wrong():
+    "Autograd sees half of the curvature: the same loss is told to whiten at most"
+    torch.manual_seed(0)
+    sizes = torch.logspace(1, -1, 4)
+    y, t = sizes*torch.randn(2, 200, 4)
+    half = lambda x: x.square()/2 + x*x.detach() - x.detach()*x.detach()/2
+    report = check_loss(lambda y, t: apart(y, t, sizes, half), y, t)
+    assert report["second derivative"].value != "right" and report["Newton direction"].value[3] == 1. and "hessian" not in report.line
 
 def test_squares_that_underflow():
     "A report, no error, where squares of gradients are zero"
