@@ -386,14 +386,14 @@ def _recommend(p):
         ": with one output a Newton step is a rescaling.")
     if turn >= 0.9: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
-    def take(x): return (f"turns the gradient, and on the outputs ten steps take {x:.2f} "
-                         "times as much of the loss as gradient steps.")
+    def take(x): return ("turns the gradient, and on the outputs ten steps take "
+                         f"{x:.2f} times as much of the loss as gradient steps.")
     if newton >= _NEWTON: return NewtonLoss, dict(curvature="hessian") | kw, (
         f"Newton's step {take(newton)}")
     if whitened >= _WHITENED: return OutputLoss, dict(direction=Whiten()) | kw, (
         f"Whitening, half of a Newton step, {take(whitened)}")
-    return plain(f": on the outputs whitened gradients take {whitened:.2f} times as much "
-                 "of the loss in ten steps as gradients.")
+    return plain(f": on the outputs whitened gradients take {whitened:.2f} times as "
+                 "much of the loss in ten steps as gradients.")
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)

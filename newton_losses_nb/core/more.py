@@ -201,7 +201,7 @@ class Krylov(Damped):
         N, total = nonzero(s.samples), s.total.square().sum(-1).mean(-1)
         size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N
         even = (trace.square()/s.outputs/size).nan_to_num(1.).clamp_max(1)
-        mu = (size/s.outputs).sqrt()                 # and μ·even: of a lognormal spectrum
+        mu = (size/s.outputs).sqrt()                 # μ·even: of a lognormal spectrum
         return auto_damping(s, mu, even, total, lambda lam: mu*even + lam)
 
     def forward(self, e, G, mask=None):
