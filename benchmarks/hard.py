@@ -4,6 +4,7 @@
     python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order
     python benchmarks/hard.py map --data-dir mnist     where the plain loss fails: untuned, two seeds
     python benchmarks/hard.py paths                    the smoothed loss of paths, by samples of noise
+    python benchmarks/hard.py list-paths               what of that is finished, and what is to do
 
 Every method has five trials on two seeds that are used for nothing else, and takes the one with
 the best mean validation match; then the reported seeds. A group of seeds is recorded when it
@@ -111,7 +112,7 @@ class Study:
     def records(self, kind, tasks):
         "The records of tasks that differ in the seed; `list` makes none"
         found, left = self.found[kind], [t for t in tasks if t.key not in self.found[kind]]
-        if left and self.a.verb != "list":
+        if left and not self.a.verb.startswith("list"):
             c = left[0].config
             name = c.get("relaxation") or c["loss"]
             made = run_all(left, self.folders[kind], name, engine=seeds_together)
@@ -177,7 +178,7 @@ class Paths(Study):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("verb", choices=("list", "run", "map", "paths"))
+    p.add_argument("verb", choices=("list", "run", "map", "paths", "list-paths"))
     p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
     p.add_argument("--out", default=RESULTS, help="where the folders of results are")
     p.add_argument("--network", default="small"); p.add_argument("--device", default="cpu")
@@ -185,8 +186,9 @@ def main():
     p.add_argument("--rows", type=int, help="only the first rows of the queue")
     a = p.parse_args()
     if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
-    if a.shrink > 1 and a.verb == "paths": p.error("--shrink: not for paths")
-    try: study = Paths(a) if a.verb == "paths" else Study(a)
+    paths = a.verb.endswith("paths")
+    if a.shrink > 1 and paths: p.error("--shrink: not for paths")
+    try: study = Paths(a) if paths else Study(a)
     except OSError as e: p.error(str(e))
     study.go_over() if a.verb == "map" else study.go_through()
 
