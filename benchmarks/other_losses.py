@@ -138,7 +138,7 @@ def decay(y):
          lambda f, g, test: (decay(f.tanh() + torch.tensor([0., 0., 1., 1.])),))
 def squares(y, c): return (decay(y) - c).square().sum(1)
 
-# Regressions made after the rule was fixed; `spread` is how far apart the outputs' units are
+# Regressions made after the rule for λ was fixed; `spread` is how far apart the outputs' units are
 def waves(x, m):
     h = (x @ (1.5*torch.randn(4, 2*m, generator=seeded(3)))).sin()
     return h[:, :m] + .5*h[:, m:]*h[:, :m]
