@@ -321,6 +321,7 @@ def _check_gradients(self:OutputLoss, args):
     for i, a in enumerate(args):
         if isinstance(a, Tensor) and a.requires_grad: raise ValueError(
             f"args[{i}]: expected no gradient, since only y is sent one; detach it")
+    if not torch._C._are_functorch_transforms_active(): return
     tracked = torch._C._functorch.is_gradtrackingtensor
     if any(tracked(p) and p.requires_grad for p in _parameters(self.loss_fn)):
         raise RuntimeError("loss_fn: its parameters have a gradient by backward(), but "

@@ -48,15 +48,16 @@ def auto_damping(
     typical:Callable,         # λ₀ to the geometric mean of the eigenvalues + λ₀
     power:float=1.,           # Power of the direction
     least=0.,                 # Least λ, in units of μ
-    lift=0.,                  # What is added to λ for negative eigenvalues
+    lift=None,                # What is added to λ for negative eigenvalues
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ of the samples, and the factor that gives a direction its length"
     N, spread = e.samples, e.fourths if e.spread is None else e.spread
     noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
     ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
-    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
+    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
+    if lift is not None: lam = lam + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
-    if power > .5: lam = lam + (2*power - 1)*typical(lam)
+    if power > .5: lam = torch.add(lam, typical(lam), alpha=2*power - 1)
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.bound*length)[..., None, None]
 
@@ -79,16 +80,19 @@ def damping(
         m = e.outputs
         if eigenvalues is None:
             trace, norm = K.diagonal(dim1=-2, dim2=-1).sum(-1), K.norm(dim=(-2, -1))
-            bounds = m/e.samples**.5 - 1., 0.
+            bounds = m/e.samples**.5 - 1.,
         else:
             trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
             bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
         def typical(lam):
             if eigenvalues is None:
                 L = torch.linalg.cholesky_ex(_plus(K, lam)).L
-                logs = 2*L.diagonal(dim1=-2, dim2=-1).log()
-            else: logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log()
-            return ((logs.sum(-1) + (m - logs.shape[-1])*lam.log())/m).exp()
+                logs, k = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)*2, K.shape[-1]
+            else:
+                logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log().sum(-1)
+                k = eigenvalues.shape[-1]
+            if isinstance(m, Tensor) or m > k: logs = logs + (m - k)*lam.log()
+            return (logs/m).exp()
         whole = eigenvalues is None and not isinstance(e.count, Tensor)
         total = (e.count*norm).square() if whole else e.size
         even = (trace/norm).square()/m
