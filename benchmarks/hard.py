@@ -31,7 +31,7 @@ def norms(*values): return [dict(lr=1e-3, max_norm=o) for o in values]
 
 FIRST = { # Trials: five rates, or three values at one rate and the best of these at two larger ones
     "soft_sort": dict(none=RATES, rms=RATES, whiten=[o | dict(lam=1e-6) for o in RATES],
-                      default=[o | dict(lam="geometric") for o in RATES],  # a Fisher
+                      default=[o | dict(lam="typical") for o in RATES],  # a Fisher
                       fisher=lams(1e-3, 1e-2, .1), scalar=lams(1e-3, 1e-2, .1),
                       hessian=lams(.1, 1., 10.), clip=norms(.1, .3, 1.),
                       clip_grad=norms(.1, 1., 10.))}
@@ -42,8 +42,8 @@ FIRST["neural_sort"] = FIRST["soft_sort"] | dict(
 def at(name, *values): return [dict(lr=3e-3, **{name: o}) for o in values]
 PATH_RATES = RATES[1:4] + [RATES[0], RATES[4]]
 PATHS = dict(none=PATH_RATES, rms=PATH_RATES,
-             default=[o | dict(lam="geometric") for o in PATH_RATES],
-             whiten=[o | dict(lam="geometric") for o in PATH_RATES],
+             default=[o | dict(lam="typical") for o in PATH_RATES],
+             whiten=[o | dict(lam="typical") for o in PATH_RATES],
              fisher=at("lam", 1e-2, 1., 100.), scalar=at("lam", 1e-2, 1., 100.),
              clip=at("max_norm", 1., 10., 100.))
 SAMPLES = 3, 30, 10
@@ -76,7 +76,7 @@ def queue():
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
-    arms = ("none", {}), ("none", dict(loss="bce")), ("default", dict(lam="geometric")), (
+    arms = ("none", {}), ("none", dict(loss="bce")), ("default", dict(lam="typical")), (
         "clip", dict(max_norm=.3))
     sharp = dict.fromkeys(RELAXATIONS, ("tau", (.01, .1, 1.)))
     sharp |= dict.fromkeys(("logistic", "cauchy"), ("steepness", (10., 100., 1000.)))

@@ -33,15 +33,16 @@ def bound(G):
     even = lengths.pow(1/4).mean()**4/lengths.square().mean().sqrt()
     return even**(lengths.pow(4).sum()/lengths.square().sum()**2)
 
-def typical(e, lam):
-    "The geometric mean of eigenvalues and λ, by definition"
-    return torch.stack([abs(x) + lam for x in e]).prod()**(1/len(e))
+def typical(e, lam, fisher=False):
+    "By definition: the mean of a Fisher's eigenvalues, else the geometric mean of eigenvalues and λ"
+    return e.mean() if fisher else torch.stack([abs(x) + lam for x in e]).prod()**(1/len(e))
 
 def by_sums(kind, G, H):
     "The direction with the automatic λ, one sample after another"
     N, m = G.shape
-    each = [torch.outer(g, g) for g in G] if kind == "fisher" else list(H)
-    if kind == "diagonal": each = [h.diagonal().diag() for h in H]
+    fisher = "fisher" in kind
+    each = [torch.outer(g, g) for g in G] if fisher else list(H)
+    if "diagonal" in kind: each = [c.diagonal().diag() for c in each]
     C = sum(each)/N
     e, V = torch.linalg.eigh(C)
     mu = e.abs().mean()
@@ -50,12 +51,13 @@ def by_sums(kind, G, H):
     lam = mu*rho/(1 - rho)
     if kind == "fisher": lam = lam.maximum(m*mu*(N**-.5 - 1/m))
     else: lam = lam + 2*(-e.min()).clamp_min(0)
-    lam = lam + typical(e, lam)
+    lam = lam + typical(e, lam, fisher)
     D = torch.stack([torch.linalg.solve(C + lam*torch.eye(m).to(C), g) for g in G])
     return bound(G)*(mu + lam)*D
 
 
-DIRECTIONS = {"fisher": Fisher(), "hessian": Hessian(), "diagonal": DiagonalHessian()}
+DIRECTIONS = {"fisher": Fisher(), "hessian": Hessian(), "diagonal": DiagonalHessian(),
+              "diagonal fisher": DiagonalFisher()}
 
 
 @pytest.mark.parametrize("kind", DIRECTIONS)
@@ -75,7 +77,7 @@ def test_no_more_directions_than_the_root_of_the_samples():
     lam = 50*mu*(1/3 - 1/50)
     F = G.mT @ G/9
     e = torch.linalg.eigvalsh(F)
-    more = lam + typical(e, lam)
+    more = lam + typical(e, lam, True)
     assert_close(D, bound(G)*(mu + more)*torch.linalg.solve(F + more*torch.eye(50).to(F), G.mT).mT)
     assert (e/(e + lam)).sum() < 3
 
@@ -235,7 +237,8 @@ def test_explicit_sums_with_a_mask(kind):
         at = real.nonzero()[:, 0]
         G[i, at] = torch.func.grad(lambda x: loss(x, b).sum())(a)[0]
         H[i][at[:, None], at] = torch.func.hessian(lambda x: loss(x, b).sum())(a)[0, :, 0]
-    each = [torch.outer(g, g) for g in G] if kind == "fisher" else list(H)
+    fisher = "fisher" in kind
+    each = [torch.outer(g, g) for g in G] if fisher else list(H)
     N, m, n = 30, 4, mask.sum(0).to(y)
     C = sum(each)/(n[:, None]*n).sqrt()
     e = torch.linalg.eigvalsh(C).abs()

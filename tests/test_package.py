@@ -98,7 +98,7 @@ def test_wheel_holds_everything(wheel):
     assert modules(package) == modules(ROOT/"newton_losses_nb")
     assert {p.name for p in (package/"results").iterdir()} == {p.name for p in (ROOT/"nbs"/"results").iterdir()}
 
-@pytest.mark.parametrize("entry, argv, says", [("lab.cli:nl_bench", ["sorting", "--lam", "odd"], "lam: expected a number or geometric or auto"), ("lab.cli:nl_report", ["nowhere"], "there is no folder or file")])
+@pytest.mark.parametrize("entry, argv, says", [("lab.cli:nl_bench", ["sorting", "--lam", "odd"], "lam: expected a number or typical or auto"), ("lab.cli:nl_report", ["nowhere"], "there is no folder or file")])
 def test_command_of_the_wheel(wheel, tmp_path, entry, argv, says):
     "By itself (-I), and without what another package may have imported of importlib: a command gets as far as a user's mistake"
     pytest.importorskip("mlxtend", reason="of the extra bench")

@@ -351,12 +351,12 @@ def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
-    gains = _gains(p) if turn < 0.9 else [1., 1.]
+    gains = _gains(p) if turn < _SAME else [1., 1.]
     return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
                "the batch", (turn, halves, *gains))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
-_NEWTON, _WHITENED = 4/3, 1.01 # What must be gained
+_NEWTON, _WHITENED, _SAME = 4/3, 1.01, 0.99 # Gains to ask for; a cosine of the same
 
 def _recommend(p):
     "A class, its options, and why"
@@ -384,7 +384,7 @@ def _recommend(p):
     turn, _, whitened, newton = found["Newton direction"]
     if p.y.shape[1] == 1: return plain(
         ": with one output a Newton step is a rescaling.")
-    if turn >= 0.9: return plain(
+    if turn >= _SAME: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
     def take(x): return ("turns the gradient, and on the outputs ten steps take "
                          f"{x:.2f} times as much of the loss as gradient steps.")

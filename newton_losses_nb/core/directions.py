@@ -58,6 +58,7 @@ class Direction(nn.Module):
 class Damped(Direction):
     "(C + λI)^(-p) G from a spectrum of C, which a subclass names; base of what has a λ"
     power, signed, diagonal = 1., False, False # Are eigenvalues signed? Is C diagonal?
+    squares = False # Are its eigenvalues mean squares of gradients, as a Fisher's?
 
     def __init__(self, lam:SupportsFloat|str|Callable="auto"): # Damping λ
         super().__init__()
@@ -72,13 +73,14 @@ class Damped(Direction):
 
     def forward(self, e, G, mask=None):
         found = self.spectrum(e)
-        lam, size = damping(self.lam, e, *found, self.power)
+        lam, size = damping(self.lam, e, *found, self.power, self.squares)
         if mask is None or self.diagonal: return size*self.solve(e, G, lam, found)
         return size*_by_pattern(self, e, G, mask, lam)
 
 # %% ../../nbs/core/04_directions.ipynb #d02afaf9
 class Fisher(Damped):
     "(F + λI)^(-p) G with the empirical Fisher F (paper, Definition 2)"
+    squares = True
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  power:SupportsFloat=1.):  # 1 is Newton's step, 1/2 whitens
         super().__init__(lam)
@@ -139,7 +141,7 @@ class Whiten(Fisher):
 # %% ../../nbs/core/04_directions.ipynb #e8addb29
 class DiagonalFisher(Damped):
     "The Fisher step with the diagonal of F only"
-    diagonal = True
+    diagonal = squares = True
     def observe(self, b):
         e = Evidence.of(b, True, spread=b.G.square().square().sum((-2, -1)))
         return e._replace(total=e.square)

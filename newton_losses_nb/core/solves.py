@@ -45,7 +45,7 @@ def auto_damping(
     mu:Float[Tensor, "*b"],   # Mean size μ of the eigenvalues
     even:Float[Tensor, "*b"], # Their evenness mμ²/‖C‖²; 1: all of one size
     total:Float[Tensor, "*b"], # ‖ΣC_i‖², N²‖C‖² if all samples have all outputs
-    typical:Callable,         # λ₀ to the geometric mean of the eigenvalues + λ₀
+    typical:Callable|None=None, # λ₀ to a typical eigenvalue; None: μ
     power:float=1.,           # Power of the direction
     least=0.,                 # Least λ, in units of μ
     lift=None,                # What is added to λ for negative eigenvalues
@@ -57,7 +57,8 @@ def auto_damping(
     lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
     if lift is not None: lam = lam + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
-    if power > .5: lam = torch.add(lam, typical(lam), alpha=2*power - 1)
+    more = typical(lam) if typical else mu
+    if power > .5: lam = torch.add(lam, more, alpha=2*power - 1)
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.bound*length)[..., None, None]
 
@@ -74,6 +75,7 @@ def damping(
     eigenvalues:Float[Tensor, "*b m"]|None=None, # Of the curvature
     K:Float[Tensor, "*b k k"]|None=None, # If there are none: F, or its rows' AAᵀ
     power:float=1.,         # Power of the direction
+    squares:bool=False,     # Are eigenvalues mean squares of gradients?
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]|float]: # λ, and a factor
     "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
     if isinstance(lam, str):
@@ -84,18 +86,13 @@ def damping(
         else:
             trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
             bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
-        def typical(lam):
-            if eigenvalues is None:
-                L = torch.linalg.cholesky_ex(_plus(K, lam)).L
-                logs, k = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)*2, K.shape[-1]
-            else:
-                logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log().sum(-1)
-                k = eigenvalues.shape[-1]
-            if isinstance(m, Tensor) or m > k: logs = logs + (m - k)*lam.log()
-            return (logs/m).exp()
+        def geometric(lam):
+            logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log().sum(-1)
+            return ((logs + (m - eigenvalues.shape[-1])*lam.log())/m).exp()
         whole = eigenvalues is None and not isinstance(e.count, Tensor)
         total = (e.count*norm).square() if whole else e.size
         even = (trace/norm).square()/m
+        typical = None if squares else geometric
         return auto_damping(e, trace/m, even, total, typical, power, *bounds)
     square = e.mean_square
     found = lam(square, eigenvalues) if callable(lam) else lam

@@ -42,8 +42,8 @@ def first_rule(
     size = torch.maximum(eigenvalues.abs().mean(-1), square.sqrt())/10
     return lift + size.clamp_min(torch.finfo(square.dtype).tiny)
 
-RULES = {"geometric": "auto", "auto": first_rule} # λ by a name in a configuration
-STORED = "shrinkage", "ledoit_wolf" # Rules of stored records only
+RULES = {"typical": "auto", "auto": first_rule} # λ by a name in a configuration
+STORED = "shrinkage", "ledoit_wolf", "geometric" # Rules of stored records only
 
 def directions(
     lam:float|str|Callable|None=None, # Damping λ, or a key of `RULES`

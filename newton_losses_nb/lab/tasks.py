@@ -97,8 +97,8 @@ class Sorting(Settings):
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry("auto", "Damping λ: number, geometric or auto (v0.1)",
-                          damping_or_rule, command="geometric")
+    lam:float|str = entry("auto", "Damping λ: number, typical or auto (v0.1)",
+                          damping_or_rule, command="typical")
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     tau:float|None = entry(None, "Temperature of neural_sort and soft_sort", positive)
     steepness:float|None = entry(None, "Steepness of sorting networks", positive)
@@ -230,8 +230,8 @@ class Paths(Settings):
     epochs:int = entry(8, "Passes through the training maps", whole(1), command=3)
     batch:int = entry(50, "Maps in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: by network", positive)
-    lam:float|str = entry(100., "Damping λ: number, geometric or auto (v0.1)",
-                          damping_or_rule, command="geometric")
+    lam:float|str = entry(100., "Damping λ: number, typical or auto (v0.1)",
+                          damping_or_rule, command="typical")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
     network:str = entry("small", "small (CPU) or resnet18", one_of(*PATH_NETWORKS))
     train:int = entry(2000, "Training maps", whole(1))
@@ -376,7 +376,7 @@ class Classification(Settings):
     batch:int = entry(50, "Digits in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of the plain loss", positive)
     gain:float = entry(1., "Factor on lr, not for the method none", positive)
-    lam:float|str = entry(.1, "Damping λ: number, geometric or auto", damping_or_rule)
+    lam:float|str = entry(.1, "Damping λ: number, typical or auto", damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     pool:int = entry(2, "Shrink the digits by this factor", one_of(1, 2))
     train:int = entry(4000, "Training digits, all of the data", whole(1), option="")
