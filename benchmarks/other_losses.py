@@ -138,6 +138,14 @@ def decay(y):
          lambda f, g, test: (decay(f.tanh() + torch.tensor([0., 0., 1., 1.])),))
 def squares(y, c): return (decay(y) - c).square().sum(1)
 
+TIMES = torch.linspace(0, 1, 20)         # Added later still, for the same reason
+POWERS = torch.stack([TIMES**k for k in range(6)])
+def curves(f, g, test):
+    noise = (0 if test else .1)*torch.randn(len(f), 20, generator=g)
+    return torch.cat([f, f[:, :2]*f[:, 2:]], 1)*torch.tensor([1., 2, 4, 4, 4, 4]) @ POWERS + noise,
+@problem("polynomial", (3, 48, 48, 6), .03, curves)
+def fit_curve(y, c): return (y @ POWERS.to(y) - c).square().sum(1)/2
+
 # Regressions made after the rule for λ was fixed; `spread` is how far apart the outputs' units are
 def waves(x, m):
     h = (x @ (1.5*torch.randn(4, 2*m, generator=seeded(3)))).sin()

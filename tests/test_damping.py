@@ -245,7 +245,7 @@ def test_explicit_sums_with_a_mask(kind):
     noise = (sum(c.square().sum() for c in each)/N/(sum(each)/N).square().sum() - 1)/(N - 1)
     rho = noise/(1 - m*e.mean()**2/e.square().sum())
     lam = e.mean()*rho/(1 - rho)
-    lam = lam + typical(e, lam)
+    lam = lam + typical(e, lam, fisher)
     assert 0 < rho < 1
     assert_close(OutputLoss(loss, direction).directions(y, u, mask=mask)[1][mask],
                  auto_by_number(loss, direction, lam, e.mean(), G)(y, u, mask)[mask])
