@@ -1,12 +1,15 @@
 "Faults of version 0.1, each with its whole kind, and the right numbers"
 import copy
+import functools
 from functools import cache
 
 import mpmath as mp
 import pytest
 import torch
+import torch.utils.checkpoint
 from reference import Case, bumpy, close, data, run, step
 from torch import nn
+from torch.testing import assert_close
 
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Krylov, MovingAverage,
@@ -640,3 +643,65 @@ def test_another_memory():
     assert repr(loss.direction) == "Remembering(Fisher(lam=0.1), Window(5))"
     loss(torch.randn(4, 3, requires_grad=True)).backward()
     assert len(loss.direction.memory.past) == 1
+
+
+def test_half_precision_where_a_batch_is_cut():
+    "The loss sees what it is differentiated with: single precision, and no autocast of the user's"
+    A, t = torch.randn(3, 3), torch.randn(4, 3)
+    def f(y, t): return ((y - t.to(y)) @ A).square().sum(1)
+    for half, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        y = torch.randn(4, 3).to(half).requires_grad_()
+        whole = NewtonLoss(f, lam=.1).directions(y, t)[1]
+        for kw, mask in ((dict(chunk_size=2), None), ({}, torch.ones(4, 3, dtype=torch.bool))):
+            assert_close(NewtonLoss(f, lam=.1, **kw).directions(y, t, mask=mask)[1], whole)
+            with torch.autocast("cpu", other):
+                assert_close(NewtonLoss(f, lam=.1, **kw).directions(y, t.to(half), mask=mask)[1],
+                             NewtonLoss(f, lam=.1).directions(y, t.to(half))[1])
+
+
+@pytest.mark.parametrize("first", ["masked", "not finite"])
+def test_a_batch_without_samples_is_no_check(first):
+    "Derivatives are checked by the first batch in which samples take part"
+    half = lambda y: (y.square()/(1 + y.detach().square())).sum(1)
+    leak = lambda y: (y - y.mean(0)).square().sum(1)
+    y = torch.randn(8, 4)
+    for f, kind, says in ((half, "hessian", "differentiated twice"), (leak, "fisher", "independent samples")):
+        loss = NewtonLoss(f, kind, .5, on_nonfinite="raise" if first == "masked" else "gradient")
+        if first == "masked": loss.directions(y, mask=torch.zeros_like(y, dtype=torch.bool))
+        else: loss.directions(y*torch.nan)
+        with pytest.raises(ValueError, match=says): loss.directions(y)
+
+
+class _Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, y, t): return self.a*(y - t).cosh().log().sum(1)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: m.forward, lambda m: functools.partial(m.forward)])
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_the_first_step_under_a_checkpoint(wrap, size):
+    "What a first call does more is not seen by the checkpoint; parameters learn, however the loss is given"
+    y, t, grads = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3), []
+    for call in (lambda f, v: f(v, t), lambda f, v: torch.utils.checkpoint.checkpoint(lambda v: f(v, t), v, use_reentrant=False)):
+        module = _Scaled()
+        call(NewtonLoss(wrap(module), lam=.3, chunk_size=size), y).backward()
+        grads.append((y.grad, module.a.grad))
+        y.grad = None
+    assert_close(*grads)
+
+
+def test_rows_by_accident_beside_a_mask():
+    "As many weights as outputs and samples, every set of another size: refused, as for any other number of samples"
+    w, y = torch.tensor([1., 2., 5., 9.]), torch.randn(4, 4)
+    mask = torch.ones(4, 4).tril().flip(0).bool()
+    def f(y, w): return ((y - 1).square()*w).sum(-1)
+    with pytest.raises(ValueError, match=r"args\[0\]: expected one row per sample"):
+        NewtonLoss(f, lam=.1).directions(y, w, mask=mask)
+    own = torch.rand(4, 4)
+    loss, _ = NewtonLoss(f, lam=.1).directions(y, own, mask=mask)
+    assert_close(loss, ((y - 1).square()*own*mask).sum(1))
+    shared, _ = NewtonLoss(f, lam=.1).directions(y, w[None], mask=mask)
+    assert_close(shared, ((y - 1).square()*w*mask).sum(1))

@@ -287,3 +287,17 @@ def test_hints(name):
         with pytest.raises(ValueError, match=r"give true_permutation\(labels\)"): call(s, s)
         with pytest.raises(ValueError, match=r"give s.squeeze\(-1\)"): call(s.unsqueeze(-1), T)
     assert loss.derivatives(s, T)[2].shape == (4, 3, 3) and loss.derivatives(s, T, hessian=False)[2] is None
+
+
+@pytest.mark.parametrize("relaxation", ["cauchy", "reciprocal", "logistic", "gaussian", "optimal"])
+@pytest.mark.parametrize("far", [1e5, 1e6, 1e7])
+def test_near_ties_beside_a_large_score(relaxation, far):
+    "A weight that rounds to one still moves a score: by hand and by autograd, float32 as float64"
+    s, P = torch.tensor([[0, .03, far]]), torch.eye(3)[None]
+    loss = SortingLoss(relaxation)
+    def gradients(s, P):
+        by_hand = loss.derivatives(s, P, hessian=False)[1]
+        return by_hand, torch.func.grad(lambda s: loss(s, P).sum())(s)
+    found, truth = gradients(s, P), gradients(s.double(), P.double())
+    torch.testing.assert_close(truth[0], truth[1], rtol=1e-6, atol=1e-9)
+    for one, exact in zip(found, truth): torch.testing.assert_close(one.double(), exact, rtol=1e-3, atol=1e-5)

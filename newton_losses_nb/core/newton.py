@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
 from .derivatives import of_samples, random_signs, sample_losses
-from .derivatives import widened
+from .derivatives import unseen, widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -103,7 +103,9 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     shared = b.weight is not None or group.size > 1
     n = nonzero(group.add(b.n)/group.size) if shared else None
     self.__dict__.update(sent=(b.G, D), taking=n)    # n samples take part
-    self.checked, D = self.checked or y.shape[-2] > 1, D.to(widened(y).dtype)
+    self.checked = self.checked or b.G.shape[-2] > 1 and (
+        b.weight is None or bool((b.n > 1).any()))
+    D = D.to(widened(y).dtype)
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
@@ -113,11 +115,13 @@ def _observe(self:OutputLoss, y, mask, args):
     self._check_call(y, mask, args)
     own, (*lead, N, _) = self._of_samples(y, mask, args), y.shape
     size = N if self.chunk_size is None else self.chunk_size//max(1, math.prod(lead))
-    size = max(size, 2 - self.checked)               # the first check is of two samples
-    def piece(i):
-        cut = lambda a: None if a is None else a.narrow(len(lead), i, min(size, N - i))
+    size = max(size, 1)
+    def piece(i, n=size):
+        cut = lambda a: None if a is None else a.narrow(len(lead), i, min(n, N - i))
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
     if size >= N: return self._batch(y, mask, args)
+    if size == 1 and not self.checked:
+        with unseen(): self._batch(*piece(0, 2))     # a check is of two samples at least
     parts, seen = zip(*(self._batch(*piece(i)) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
@@ -256,17 +260,25 @@ def _of_samples(self:OutputLoss, y, mask, args):
     hint = f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1)
     own = of_samples(args, lead, hint)
     if y.ndim > 2 or self.checked or len(y) < 2 or not any(own): return own
-    def losses(i, j):
-        cut = lambda a: None if a is None else a[i:j]
-        some = [cut(a) if o else a for a, o in zip(args, own)]
-        return sample_losses(self.loss_fn, y.detach()[i:j], *some, mask=cut(mask))
     N, half = len(y), len(y)//2
-    whole, again = losses(0, N), losses(0, N)
-    small, same = 1e-6*whole.abs().nan_to_num().amax().item(), False
-    with contextlib.suppress(RuntimeError):          # shapes that fit the whole only
-        parts = torch.cat([losses(0, half), losses(half, N)])
-        same = torch.allclose(whole, parts, 1e-3, small, True)
-    if not same and torch.equal(whole, again): raise ValueError(
+    def changes(mask):
+        "Does a cut change the losses, though a second call does not?"
+        def losses(i, j):
+            cut = lambda a, o=True: a[i:j] if o and a is not None else a
+            x, real, *some = _flat(cut(y.detach()), cut(mask), map(cut, args, own))
+            with torch.autocast(y.device.type, enabled=False):
+                return sample_losses(self.loss_fn, x, *some, mask=real)
+        whole, again = losses(0, N), losses(0, N)
+        small = 1e-6*whole.abs().nan_to_num().amax().item()
+        with contextlib.suppress(RuntimeError):      # shapes that fit the whole only
+            parts = torch.cat([losses(0, half), losses(half, N)])
+            if torch.allclose(whole, parts, 1e-3, small, True): return False
+        return torch.equal(whole, again)
+    found = changes(mask)
+    if mask is not None and not found:               # a mask cuts in both cases
+        y = y.where(mask, 0)
+        with contextlib.suppress(Exception): found = changes(None)
+    if found: raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
         "per sample where a batch is cut, but the loss of a sample changes with the "
         "cut; what all samples share has 1 row, shape (1, m) for m outputs, and "
@@ -301,11 +313,13 @@ def _learns(self:OutputLoss, y, mask, args):
     if any(p.requires_grad for p in _parameters(f)): return True
     seen = y.numel() if mask is None else mask.any()
     if self.learns is None and seen and not hasattr(f, "derivatives"):
-        self.learns = self._plain(y, mask, args).requires_grad
+        with unseen(): self.learns = self._plain(y, mask, args).requires_grad
     return bool(self.learns)
 
 def _parameters(f):
     "Tensors that `f` names: of itself, its attributes, closure, globals, lists there"
+    while isinstance(f, partial): f = f.func
+    f = getattr(f, "__self__", f)                    # of a method
     parts = [f, *getattr(f, "__dict__", {}).values()]
     if isinstance(f, FunctionType):
         parts += [c.cell_contents for c in f.__closure__ or ()]

@@ -15,6 +15,29 @@ from torch import Tensor
 
 from .evidence import Evidence
 
+# %% ../../nbs/core/03_solves.ipynb #d9936857
+def auto_damping(
+    e:Evidence,               # Sums over the samples
+    mu:Float[Tensor, "*b"],   # Mean size μ of the eigenvalues
+    even:Float[Tensor, "*b"], # Their evenness mμ²/‖C‖²; 1: all of one size
+    total:Float[Tensor, "*b"], # ‖ΣC_i‖², N²‖C‖² if all samples have all outputs
+    typical:Callable|None=None, # λ₀ to a typical eigenvalue; None: μ
+    power:float=1.,           # Power of the direction
+    least=0.,                 # Least λ, in units of μ
+    lift=None,                # What is added to λ for negative eigenvalues
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
+    "λ of the samples, and the factor that gives a direction its length"
+    N, spread = e.samples, e.fourths if e.spread is None else e.spread
+    noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
+    ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
+    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
+    if lift is not None: lam = lam + lift
+    lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
+    more = typical(lam) if typical else mu
+    if power > .5: lam = torch.add(lam, more, alpha=2*power - 1)
+    length = mu + lam if power == 1 else (mu + lam)**power
+    return lam, (e.bound*length)[..., None, None]
+
 # %% ../../nbs/core/03_solves.ipynb #d7c8189a
 def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
     "A setting `x` as a (whole) number in [low, high), or an error with its name"
@@ -38,29 +61,6 @@ def choice(name:str, x, choices) -> str:
     "A setting `x` that is one of the choices, or an error with its name"
     if isinstance(x, str) and x in choices: return x
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {x!r}")
-
-# %% ../../nbs/core/03_solves.ipynb #d9936857
-def auto_damping(
-    e:Evidence,               # Sums over the samples
-    mu:Float[Tensor, "*b"],   # Mean size μ of the eigenvalues
-    even:Float[Tensor, "*b"], # Their evenness mμ²/‖C‖²; 1: all of one size
-    total:Float[Tensor, "*b"], # ‖ΣC_i‖², N²‖C‖² if all samples have all outputs
-    typical:Callable|None=None, # λ₀ to a typical eigenvalue; None: μ
-    power:float=1.,           # Power of the direction
-    least=0.,                 # Least λ, in units of μ
-    lift=None,                # What is added to λ for negative eigenvalues
-) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
-    "λ of the samples, and the factor that gives a direction its length"
-    N, spread = e.samples, e.fourths if e.spread is None else e.spread
-    noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
-    ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
-    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
-    if lift is not None: lam = lam + lift
-    lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
-    more = typical(lam) if typical else mu
-    if power > .5: lam = torch.add(lam, more, alpha=2*power - 1)
-    length = mu + lam if power == 1 else (mu + lam)**power
-    return lam, (e.bound*length)[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #544d4c60
 def _plus(K, lam):

@@ -61,9 +61,11 @@ def _mix(Z, network, relaxation, steepness):
     D = Z.new_empty(len(sign), *Z.shape[1:])
     for (_, low, high), d, up in _steps(Z, groups, D, sign):
         torch.sub(high, low, out=d)
-        a = alpha(steep(d[..., -1]*up, relaxation, steepness)).unsqueeze(-1)
-        new = torch.lerp(high, low, a)
-        torch.lerp(low, high, a, out=high)
+        v = steep(d[..., -1]*up, relaxation, steepness).unsqueeze(-1)
+        step = alpha(-v.abs())*d                     # not 1 − α(v), which rounds to zero
+        swap = v < 0
+        new = torch.where(swap, high - step, low + step)
+        torch.where(swap, low + step, high - step, out=high)
         low.copy_(new)
     return D
 

@@ -96,12 +96,12 @@ def plain_network(
     for partner, sign in zip(*_wiring(x.shape[-1], network, x.device, x.dtype)):
         other, Q = x[..., partner], P[..., partner, :]
         v = steep(sign*(other - x), relaxation, steepness)
-        a = alpha(v)
-        x = torch.lerp(other, x, a)
+        rest = alpha(-_magnitude(v))                 # not 1 − α(v), which rounds to zero
+        x = torch.where(v < 0, other + rest*(x - other), x + rest*(other - x))
         if log:
             p, q = (log_alpha(o).unsqueeze(-1) for o in (v, -v))
             P = log_add_exp(p + P, q + Q, (P - Q) + (p - q))
-        else: P = torch.lerp(Q, P, a.unsqueeze(-1))
+        else: P = torch.lerp(Q, P, alpha(v).unsqueeze(-1))
     return P
 
 def steep(c:Float[Tensor, "*shape"], relaxation:str,
