@@ -113,6 +113,9 @@ class Study:
     def records(self, kind, tasks):
         "The records of tasks that differ in the seed; `list` makes none"
         found, left = self.found[kind], [t for t in tasks if t.key not in self.found[kind]]
+        other = {r["data_source"] for r in found.values()} - {tasks[0].source}
+        if other: raise ValueError(f"data-dir: expected the data of what is in "
+                                   f"{self.folders[kind]}, {other}, got {tasks[0].source}")
         if left and not self.a.verb.startswith("list"):
             c = left[0].config
             name = c.get("relaxation") or c["loss"]
@@ -173,7 +176,9 @@ class Paths(Study):
     def go_through(self):
         rows = product((REPORTED, MORE), SAMPLES, PATHS)
         for seeds, samples, method in islice(rows, self.a.rows):
-            setting = self.chosen(samples, method, None)
+            try: setting = self.chosen(samples, method, None)
+            except Missing:
+                print(f"{samples} samples {method}: trials to do"); continue
             tasks = self.tasks(samples, method, seeds, SHORT, **setting)
             self.show(f"{samples} samples {method} {setting}", tasks, self.records("", tasks))
 
@@ -189,8 +194,10 @@ def main():
     if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
     paths = a.verb.endswith("paths")
     if a.shrink > 1 and paths: p.error("--shrink: not for paths")
-    try: study = Paths(a) if paths else Study(a)
-    except OSError as e: p.error(str(e))
-    study.go_over() if a.verb == "map" else study.go_through()
+    if a.shrink < 1: p.error("--shrink: expected at least 1")
+    try:
+        study = Paths(a) if paths else Study(a)
+        study.go_over() if a.verb == "map" else study.go_through()
+    except (OSError, ValueError) as e: p.error(str(e))
 
 if __name__ == "__main__": main()

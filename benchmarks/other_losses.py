@@ -213,14 +213,19 @@ def advice(problem, seed):
     x, args = problem.draw(BATCH, seeded(seed), False)
     return check_loss(problem.loss, outputs(network(problem.layers), x).detach(), *args).line
 
+def stored(file):
+    "What is in a file of results; half a line at its end is cut off"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines(True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"): file.write_text("".join(lines := lines[:-1]))
+    return list(map(json.loads, lines))
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", required=True, type=Path, help="file of results, one run a line")
     a = p.parse_args()
     torch.set_num_threads(1)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = a.out.read_text().splitlines() if a.out.exists() else []
-    done = {(r["loss"], r["method"], r["seed"]) for r in map(json.loads, lines)}
+    done = {(r["loss"], r["method"], r["seed"]) for r in stored(a.out)}
     todo = [(n, m, s) for n in PROBLEMS for m in (*METHODS, "advice") for s in SEEDS
             if (n, m, s) not in done]
     about = environment("cpu")

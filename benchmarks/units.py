@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from newton_losses_nb import Direction, Fisher, Hessian, Normalize, OutputLoss, Whiten
 from newton_losses_nb.lab.records import environment
-from other_losses import train
+from other_losses import stored, train
 
 STEPS, BATCH, TEST, TUNING, SEEDS = 400, 64, 1000, (100, 101), range(10)
 RATES, SCALES = (.001, .0018, .0032, .0056, .01, .018, .032), (1., 1e-4, 1e4)
@@ -54,10 +54,8 @@ def main():
     p.add_argument("--out", required=True, type=Path, help="file of results, one run a line")
     a = p.parse_args()
     torch.set_num_threads(1)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = a.out.read_text().splitlines() if a.out.exists() else []
     done = {tuple(r[k] for k in ("method", "lr", "seed", "scale")): r["value"]
-            for r in map(json.loads, lines)}
+            for r in stored(a.out)}
     about = environment("cpu")
     about.pop("command")
     def mean(method, lr, seeds, scale=1.):

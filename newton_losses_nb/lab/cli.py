@@ -16,7 +16,7 @@ import torch
 
 from .data import load_digits, need
 from newton_losses_nb.lab.experiment import (
-    Settings, one_by_one, one_of, positive, records_of, run_all, run_title,
+    RULES, STORED, Settings, one_by_one, one_of, positive, records_of, run_all, run_title,
     seeds_together, setting, whole)
 from .records import environment, read_runs
 
@@ -28,7 +28,8 @@ class Options(Settings):
     data_dir:str|None = setting(None, "Folder with MNIST's files, in place of --data")
     out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
                                  " default: runs/ and the benchmark's name")
-    engine:str = setting("together", "together (all seeds at once), local or ray",
+    engine:str = setting("together", "together (all seeds at once, recorded when "
+                         "all end), local (one by one) or ray",
                          one_of("local", "together", "ray"))
     shard:str = setting("1/1", "Part of the runs to do: 2/5 is the second of five")
     address:str|None = setting(None, "Ray cluster: auto or host:port; default: here")
@@ -192,6 +193,9 @@ def _run_grid(name, **args):
     for k, v in lists.items():
         if not v: raise ValueError(f"{options_of[k]}: expected at least one, got none")
     wanted = kind.grid(same | unknown, **lists)
+    if same.get("lam") in STORED: raise ValueError(
+        f"lam: expected a number or {' or '.join(RULES)}, got {same['lam']}, a rule of "
+        "stored records only")
     if not wanted: raise ValueError(
         "methods: no such run exists, since relaxed_bf and blackbox have no Hessian")
     _shard(wanted, options.shard)
@@ -227,7 +231,7 @@ def _engine(options, device):
 # %% ../../nbs/lab/13_cli.ipynb #3db15220
 def _preview(tasks, out):
     "Say what would run, and what of it is finished"
-    found = any(Path(out).glob("*.jsonl"))
+    found = any(o.stat().st_size for o in Path(out).glob("*.jsonl"))
     done = {r["key"] for r in read_runs(out)} if found else ()
     left = [t for t in tasks if t.key not in done]
     finished, steps = len(tasks) - len(left), sum(t.config["steps"] for t in left)
@@ -285,7 +289,8 @@ def nl_report(argv:list|None=None) -> int: # Exit code
         "nl_report", description=_report.__doc__, allow_abbrev=False)
     p.add_argument("runs", help="Folder of results, or a .jsonl file")
     p.add_argument("--metric", default="exact_match",
-                   help="What to compare: exact_match (the default) or another")
+                   help="What to compare: exact_match (the default), element_match, "
+                        "or cost_optimality for paths")
     p.add_argument("--out", help="Folder for what is written; default: report in RUNS")
     a = p.parse_args(argv)
     def report(): _report(read_runs(a.runs), a.runs, a.metric, a.out)

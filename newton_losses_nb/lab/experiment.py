@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'STORED', 'METHODS', 'entry', 'PRECISIONS', 'FAILURES', 'one_by_one', 'ClipParameters', 'first_rule',
-           'directions', 'one_of', 'whole', 'positive', 'damping_or_rule', 'setting', 'Settings', 'Task',
+           'directions', 'one_of', 'whole', 'at_least', 'positive', 'damping_or_rule', 'setting', 'Settings', 'Task',
            'network_precision', 'Training', 'Run', 'fit', 'records_of', 'run_title', 'seeds_together', 'run_all']
 
 # %% ../../nbs/lab/03_experiment.ipynb #462bba0c
@@ -76,6 +76,10 @@ def _value(v):
 def whole(low:int): # Smallest value
     "Check for a whole number"
     return lambda k, v: number(k, int(v) if str(v).isdecimal() else v, low, 2**53, True)
+
+def at_least(low:float): # Smallest value
+    "Check for a number"
+    return lambda k, v: number(k, _value(v), low)
 
 def positive(name, v):
     "Check that the setting `name` has a positive number `v`"
@@ -294,7 +298,8 @@ class Training:
         self.loss = task.output_loss(self.loss_fn, self.complete, on_nonfinite="skip")
         rate = torch.float32 if cuda else torch.float64
         self.lr = torch.tensor(task.lr, device=task.device, dtype=rate)
-        adam = dict(capturable=cuda) if task.optimizer is torch.optim.Adam else {}
+        kind = getattr(task.optimizer, "func", task.optimizer)   # of a partial
+        adam = dict(capturable=cuda) if kind is torch.optim.Adam else {}
         weights = [p for net in self.nets for p in net.parameters()]
         self.opt = task.optimizer(weights, lr=self.lr, fused=True, **adam)
         clips = isinstance(task.direction, ClipParameters)

@@ -6,7 +6,7 @@
 __all__ = ['run_key', 'environment', 'append_run', 'read_runs', 'open_results', 'stored_results', 'own_results', 'nl_colab']
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
-import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, warnings
+import contextlib, functools, hashlib, json, os, platform, shutil, subprocess, sys, warnings
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ def run_key(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/lab/02_records.ipynb #0ce8ee51
+@functools.cache                     # of the code as it was imported
 def _git_commit():
     def git(*a):
         here = ['git', '-C', str(Path(newton_losses_nb.__file__).parent)]

@@ -23,7 +23,7 @@ from ..core.newton import OutputLoss
 from .data import DigitSets, pool_digits
 from newton_losses_nb.lab.experiment import (
     METHODS, PRECISIONS, Settings, Task, damping_or_rule, directions, entry, one_of,
-    positive, whole)
+    positive, setting, whole)
 from .models import NETWORKS, PATH_NETWORKS, make_network
 from ..paths.exact import (
     cost_optimality, exact_path_match, path_cost, regret, shortest_path)
