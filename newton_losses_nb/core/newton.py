@@ -121,7 +121,7 @@ def _observe(self:OutputLoss, y, mask, args):
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
     if size >= N: return self._batch(y, mask, args)
     if size == 1 and not self.checked:
-        with unseen(): self._batch(*piece(0, 2))     # a check is of two samples at least
+        with unseen(): self._batch(*piece(0, 2))     # a check is of two samples
     parts, seen = zip(*(self._batch(*piece(i)) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from .data import load_digits, need
-from newton_losses_nb.lab.experiment import (
-    RULES, STORED, Settings, one_by_one, one_of, positive, records_of, run_all, run_title,
-    seeds_together, setting, whole)
+from .experiment import (
+    RULES, STORED, Settings, one_by_one, one_of, positive, records_of, run_all,
+    run_title, seeds_together, setting, whole)
 from .records import environment, read_runs
 
 # %% ../../nbs/lab/13_cli.ipynb #39b7617c

@@ -6,7 +6,8 @@
 __all__ = ['run_key', 'environment', 'append_run', 'read_runs', 'open_results', 'stored_results', 'own_results', 'nl_colab']
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
-import contextlib, functools, hashlib, json, os, platform, shutil, subprocess, sys, warnings
+import contextlib, functools, hashlib, json, os, platform, shutil, subprocess, sys
+import warnings
 from pathlib import Path
 
 import torch

@@ -62,7 +62,7 @@ def _mix(Z, network, relaxation, steepness):
     for (_, low, high), d, up in _steps(Z, groups, D, sign):
         torch.sub(high, low, out=d)
         v = steep(d[..., -1]*up, relaxation, steepness).unsqueeze(-1)
-        step = alpha(-v.abs())*d                     # not 1 − α(v), which rounds to zero
+        step = alpha(-v.abs())*d                     # not 1 − α(v), rounded to 0
         swap = v < 0
         new = torch.where(swap, high - step, low + step)
         torch.where(swap, low + step, high - step, out=high)

@@ -96,7 +96,7 @@ def plain_network(
     for partner, sign in zip(*_wiring(x.shape[-1], network, x.device, x.dtype)):
         other, Q = x[..., partner], P[..., partner, :]
         v = steep(sign*(other - x), relaxation, steepness)
-        rest = alpha(-_magnitude(v))                 # not 1 − α(v), which rounds to zero
+        rest = alpha(-_magnitude(v))                 # not 1 − α(v), rounded to 0
         x = torch.where(v < 0, other + rest*(x - other), x + rest*(other - x))
         if log:
             p, q = (log_alpha(o).unsqueeze(-1) for o in (v, -v))
