@@ -63,10 +63,9 @@ def _mix(Z, network, relaxation, steepness):
         torch.sub(high, low, out=d)
         v = steep(d[..., -1]*up, relaxation, steepness).unsqueeze(-1)
         step = alpha(-v.abs())*d                     # not 1 − α(v), rounded to 0
-        swap = v < 0
-        new = torch.where(swap, high - step, low + step)
-        torch.where(swap, low + step, high - step, out=high)
-        low.copy_(new)
+        swap, a, b = v < 0, low + step, high - step
+        torch.where(swap, b, a, out=low)
+        torch.where(swap, a, b, out=high)
     return D
 
 def _forward(x, *settings):
