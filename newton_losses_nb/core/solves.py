@@ -23,8 +23,8 @@ def auto_damping(
     total:Float[Tensor, "*b"], # ‖ΣC_i‖², N²‖C‖² if all samples have all outputs
     typical:Callable|None=None, # λ₀ to a typical eigenvalue; None: μ
     power:float=1.,           # Power of the direction
-    least=0.,                 # Least λ, in units of μ
-    lift=None,                # What is added to λ for negative eigenvalues
+    least:float|Float[Tensor, "*b"]=0., # Least λ₀, in units of μ
+    lift:Float[Tensor, "*b"]|None=None, # Added to λ₀ for negative eigenvalues
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ of the samples, and the factor that gives a direction its length"
     N, spread = e.samples, e.fourths if e.spread is None else e.spread
