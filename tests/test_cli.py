@@ -101,3 +101,12 @@ def test_files_that_hold_no_runs(tmp_path, capsys):
         file.write_text(text)
         assert cli.nl_report([str(tmp_path)]) == 2 and says in capsys.readouterr().err
     assert cli.nl_report([str(ROOT/"nbs"/"results"/"check_cpu")]) == 2 and "got runs without any" in capsys.readouterr().err
+
+def test_a_dry_run_after_a_kill(tmp_path, capsys):
+    "A file that is still empty has no runs; a rule of stored records is refused before anything runs"
+    (tmp_path/"sorting.jsonl").touch()
+    few = ["sorting", "--relaxations", "cauchy", "--methods", "none,fisher", "--seeds", "2", "--out", str(tmp_path), "--dry-run"]
+    assert cli.nl_bench(few) == 0
+    assert "0 finished" in (out := capsys.readouterr().out) and "4 to run" in out
+    assert cli.nl_bench([*few, "--lam", "geometric"]) == 2
+    assert "expected a rule that is still there, typical or auto, got geometric" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,3 +63,17 @@ def test_curves_are_those_of_before(run, data):
     for k in run["curves"] if exact else ("step", "train_loss", "true_loss"):
         torch.testing.assert_close(numbers(curves[k]), numbers(run["curves"][k]), equal_nan=True, msg=lambda s: f"{k}: {s}", **tol)
     for k in run["result"] if exact else ("true_loss",): torch.testing.assert_close(float(result[k]), float(run["result"][k]), msg=lambda s: f"{k}: {s}", **tol)
+
+def test_benchmarks_keep_what_is_there(tmp_path, capsys):
+    "Half a line is cut off; a study with other data than its records is refused; one without trials says so"
+    import hard
+    from other_losses import stored
+    file = tmp_path/"runs.jsonl"
+    file.write_text('{"a": 1}\n{"a": ')
+    assert stored(file) == [{"a": 1}] and file.read_text() == '{"a": 1}\n'
+
+    given = dict(verb="list", data_dir=None, network="small", device="cpu", shrink=1, rows=1)
+    with pytest.raises(ValueError, match="data-dir: expected the data of what is in"):
+        hard.Study(SimpleNamespace(out=hard.RESULTS, **given)).go_through()
+    for kind in (hard.Study, hard.Paths): kind(SimpleNamespace(out=tmp_path, **given)).go_through()
+    assert capsys.readouterr().out.count("trials to do") == 2

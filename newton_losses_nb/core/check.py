@@ -356,7 +356,8 @@ def _ask_direction(p):
                "the batch", (turn, halves, *gains))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
-_NEWTON, _WHITENED, _SAME = 4/3, 1.01, 0.99 # Gains to ask for; a cosine of the same
+_NEWTON, _WHITENED = 4/3, 1.01 # What must be gained
+_SAME = 0.99 # Cosine at which a direction is nearly the gradient
 
 def _recommend(p):
     "A class, its options, and why"

@@ -58,7 +58,7 @@ class Direction(nn.Module):
 class Damped(Direction):
     "(C + λI)^(-p) G from a spectrum of C, which a subclass names; base of what has a λ"
     power, signed, diagonal = 1., False, False # Are eigenvalues signed? Is C diagonal?
-    squares = False # Are its eigenvalues mean squares of gradients, as a Fisher's?
+    squares = False # Are eigenvalues a Fisher's, mean squares of gradients?
 
     def __init__(self, lam:SupportsFloat|str|Callable="auto"): # Damping λ
         super().__init__()
@@ -80,7 +80,6 @@ class Damped(Direction):
 # %% ../../nbs/core/04_directions.ipynb #d02afaf9
 class Fisher(Damped):
     "(F + λI)^(-p) G with the empirical Fisher F (paper, Definition 2)"
-    squares = True
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  power:SupportsFloat=1.):  # 1 is Newton's step, 1/2 whitens
         super().__init__(lam)

@@ -275,8 +275,8 @@ def _of_samples(self:OutputLoss, y, mask, args):
             if torch.allclose(whole, parts, 1e-3, small, True): return False
         return torch.equal(whole, again)
     found = changes(mask)
-    if mask is not None and not found:               # a mask cuts in both cases
-        y = y.where(mask, 0)
+    if mask is not None and not found:               # whole and parts were both cut
+        y = y.where(mask, 0)                         # not every loss takes padding
         with contextlib.suppress(Exception): found = changes(None)
     if found: raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "

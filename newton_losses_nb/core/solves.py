@@ -33,10 +33,46 @@ def auto_damping(
     lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
     if lift is not None: lam = lam + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
-    more = typical(lam) if typical else mu
-    if power > .5: lam = torch.add(lam, more, alpha=2*power - 1)
+    if power > .5:
+        lam = torch.add(lam, typical(lam) if typical else mu, alpha=2*power - 1)
     length = mu + lam if power == 1 else (mu + lam)**power
     return lam, (e.bound*length)[..., None, None]
+
+# %% ../../nbs/core/03_solves.ipynb #544d4c60
+def damping(
+    lam,                    # A number, "auto", or a function
+    e:Evidence,             # Sums over the samples
+    eigenvalues:Float[Tensor, "*b m"]|None=None, # Of the curvature
+    K:Float[Tensor, "*b k k"]|None=None, # If there are none: F, or its rows' AAᵀ
+    power:float=1.,         # Power of the direction
+    squares:bool=False,     # Are eigenvalues a Fisher's, mean squares of gradients?
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]|float]: # λ, and a factor
+    "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
+    if isinstance(lam, str):
+        m = e.outputs
+        if eigenvalues is None:
+            trace, norm = K.diagonal(dim1=-2, dim2=-1).sum(-1), K.norm(dim=(-2, -1))
+            bounds = m/e.samples**.5 - 1.,
+        else:
+            trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
+            bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
+        def geometric(lam):
+            logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log().sum(-1)
+            return ((logs + (m - eigenvalues.shape[-1])*lam.log())/m).exp()
+        whole = eigenvalues is None and not isinstance(e.count, Tensor)
+        total = (e.count*norm).square() if whole else e.size
+        even = (trace/norm).square()/m
+        typical = None if squares or eigenvalues is None else geometric
+        return auto_damping(e, trace/m, even, total, typical, power, *bounds)
+    square = e.mean_square
+    found = lam(square, eigenvalues) if callable(lam) else lam
+    if not isinstance(found, Tensor):
+        return torch.full_like(square, number("lam", found)), 1.
+    if found.ndim and found.shape != square.shape: raise ValueError(
+        f"lam: expected a function that gives a number or shape {tuple(square.shape)}, "
+        f"got {tuple(found.shape)}")
+    found = found.to(square).expand(square.shape)
+    return found.where((found >= 0) & (found < torch.inf), torch.nan), 1.
 
 # %% ../../nbs/core/03_solves.ipynb #d7c8189a
 def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
@@ -61,48 +97,6 @@ def choice(name:str, x, choices) -> str:
     "A setting `x` that is one of the choices, or an error with its name"
     if isinstance(x, str) and x in choices: return x
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {x!r}")
-
-# %% ../../nbs/core/03_solves.ipynb #544d4c60
-def _plus(K, lam):
-    "K + λI"
-    K = K.clone()
-    K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
-    return K
-
-def damping(
-    lam,                    # A number, "auto", or a function
-    e:Evidence,             # Sums over the samples
-    eigenvalues:Float[Tensor, "*b m"]|None=None, # Of the curvature
-    K:Float[Tensor, "*b k k"]|None=None, # If there are none: F, or its rows' AAᵀ
-    power:float=1.,         # Power of the direction
-    squares:bool=False,     # Are eigenvalues mean squares of gradients?
-) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]|float]: # λ, and a factor
-    "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
-    if isinstance(lam, str):
-        m = e.outputs
-        if eigenvalues is None:
-            trace, norm = K.diagonal(dim1=-2, dim2=-1).sum(-1), K.norm(dim=(-2, -1))
-            bounds = m/e.samples**.5 - 1.,
-        else:
-            trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
-            bounds = 0., -2.*eigenvalues.amin(-1).clamp_max(0)
-        def geometric(lam):
-            logs = (eigenvalues.abs() + lam.unsqueeze(-1)).log().sum(-1)
-            return ((logs + (m - eigenvalues.shape[-1])*lam.log())/m).exp()
-        whole = eigenvalues is None and not isinstance(e.count, Tensor)
-        total = (e.count*norm).square() if whole else e.size
-        even = (trace/norm).square()/m
-        typical = None if squares else geometric
-        return auto_damping(e, trace/m, even, total, typical, power, *bounds)
-    square = e.mean_square
-    found = lam(square, eigenvalues) if callable(lam) else lam
-    if not isinstance(found, Tensor):
-        return torch.full_like(square, number("lam", found)), 1.
-    if found.ndim and found.shape != square.shape: raise ValueError(
-        f"lam: expected a function that gives a number or shape {tuple(square.shape)}, "
-        f"got {tuple(found.shape)}")
-    found = found.to(square).expand(square.shape)
-    return found.where((found >= 0) & (found < torch.inf), torch.nan), 1.
 
 # %% ../../nbs/core/03_solves.ipynb #0abe2f70
 SPECTRA = { # What to do with negative eigenvalues
@@ -145,7 +139,9 @@ def spectral_step(
 # %% ../../nbs/core/03_solves.ipynb #b670f35d
 def _gram_step(K, e, G, lam):
     "Rows (F + λI)⁻¹G_i by a Cholesky factor; K = gram(e.mean)"
-    L = torch.linalg.cholesky_ex(_plus(K, lam)).L
+    K = K.clone()
+    K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
+    L = torch.linalg.cholesky_ex(K).L
     if e.rows.shape[-2] >= e.rows.shape[-1]: return torch.cholesky_solve(G.mT, L).mT
     if e.rows is G: return torch.cholesky_solve(G, L)
     A = e.mean

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from .data import load_digits, need
-from .experiment import (
-    RULES, STORED, Settings, one_by_one, one_of, positive, records_of, run_all,
-    run_title, seeds_together, setting, whole)
+from newton_losses_nb.lab.experiment import (
+    Settings, one_by_one, one_of, positive, records_of, run_all, run_title,
+    seeds_together, setting, whole)
 from .records import environment, read_runs
 
 # %% ../../nbs/lab/13_cli.ipynb #39b7617c
@@ -193,9 +193,6 @@ def _run_grid(name, **args):
     for k, v in lists.items():
         if not v: raise ValueError(f"{options_of[k]}: expected at least one, got none")
     wanted = kind.grid(same | unknown, **lists)
-    if same.get("lam") in STORED: raise ValueError(
-        f"lam: expected a number or {' or '.join(RULES)}, got {same['lam']}, a rule of "
-        "stored records only")
     if not wanted: raise ValueError(
         "methods: no such run exists, since relaxed_bf and blackbox have no Hessian")
     _shard(wanted, options.shard)
@@ -205,6 +202,7 @@ def _run_grid(name, **args):
     out = options.out or f"runs/{name}"
     if not {c["network"] for c in mine} & {"cnn", "resnet18"}: torch.set_num_threads(1)
     tasks = [bench.task(c, data) for c in mine]
+    for t in tasks: t.direction                      # raises if there is no such rule
     if options.dry_run: return _preview(tasks, out)
     part = "" if options.shard == "1/1" else "-" + options.shard.replace("/", "of")
     print(f"{len(tasks)} runs on {tasks[0].source}; results in {out}")
