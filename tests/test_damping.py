@@ -33,9 +33,10 @@ def bound(G):
     even = lengths.pow(1/4).mean()**4/lengths.square().mean().sqrt()
     return even**(lengths.pow(4).sum()/lengths.square().sum()**2)
 
-def typical(e, lam, fisher=False):
-    "By definition: the mean of a Fisher's eigenvalues, else the geometric mean of eigenvalues and λ"
-    return e.mean() if fisher else torch.stack([abs(x) + lam for x in e]).prod()**(1/len(e))
+def typical(e, lam, order=0):
+    "By definition: the power mean of the eigenvalues' sizes, each with λ₀"
+    x = torch.stack([abs(x) + lam for x in e])
+    return (x**order).mean()**(1/order) if order else x.prod()**(1/len(x))
 
 def by_sums(kind, G, H):
     "The direction with the automatic λ, one sample after another"
@@ -51,7 +52,7 @@ def by_sums(kind, G, H):
     lam = mu*rho/(1 - rho)
     if kind == "fisher": lam = lam.maximum(m*mu*(N**-.5 - 1/m))
     else: lam = lam + 2*(-e.min()).clamp_min(0)
-    lam = lam + typical(e, lam, fisher)
+    lam = typical(e, lam, int(fisher))
     D = torch.stack([torch.linalg.solve(C + lam*torch.eye(m).to(C), g) for g in G])
     return bound(G)*(mu + lam)*D
 
@@ -77,9 +78,29 @@ def test_no_more_directions_than_the_root_of_the_samples():
     lam = 50*mu*(1/3 - 1/50)
     F = G.mT @ G/9
     e = torch.linalg.eigvalsh(F)
-    more = lam + typical(e, lam, True)
+    more = typical(e, lam, 1)
     assert_close(D, bound(G)*(mu + more)*torch.linalg.solve(F + more*torch.eye(50).to(F), G.mT).mT)
     assert (e/(e + lam)).sum() < 3
+
+
+@pytest.mark.parametrize("power", [.2, .5, .8, 1., 1.3])
+@pytest.mark.parametrize("N, m", [(40, 4), (9, 20)])
+def test_power_of_a_fisher(power, N, m):
+    "(F + λI)^(-p), λ the power mean of order 2p − 1 of all m eigenvalues, also where N < m; whitening: order 0"
+    g = torch.Generator().manual_seed(1)
+    G = torch.randn(N, m, generator=g, dtype=torch.float64)*torch.logspace(1, -1, m)
+    loss = lambda y, G: (y*G).sum(-1)
+    find = lambda direction: OutputLoss(loss, direction).directions(torch.zeros_like(G), G)[1]
+    F, mu = G.mT @ G/N, G.square().mean()
+    e, V = torch.linalg.eigh(F)
+    each = [torch.outer(x, x) for x in G]
+    rho = sum((c - F).square().sum() for c in each)/N/(N - 1)/(e - mu).square().sum()
+    lam = (mu*rho/(1 - rho)).maximum(m*mu*(N**-.5 - 1/m))
+    assert 0 < rho < 1
+    lam = typical(e.clamp_min(0), lam, 2*power - 1)
+    slow = bound(G)*(mu + lam)**power*(G @ V/(e + lam)**power) @ V.mT
+    assert_close(find(Fisher(power=power)), slow)
+    if power == .5: assert_close(find(Whiten()), slow)
 
 
 @pytest.mark.parametrize("power", [.3, .5, .8, 1.])
@@ -90,7 +111,7 @@ def test_halfway_on_a_logarithmic_scale(power):
     _, D = OutputLoss(lambda y: (e*y.square()).sum(-1)/2, Hessian(power=power)).directions(y)
     factor = (D/(e*y).where(y != 0, 1)).amax(0)
     lam = 1e-6*e.mean()                                         # nothing but its least value
-    if power > .5: lam = lam + (2*power - 1)*typical(e, lam)
+    lam = typical(e, lam, power - 1)
     assert_close(factor/factor[0], ((e[0] + lam)/(e + lam))**power)
     assert factor.amax()/factor.amin() < 1.1e4
 
@@ -152,7 +173,7 @@ def test_one_sample_alone():
     for d, g, h in zip(D, G, H):
         e, V = torch.linalg.eigh(h)
         mu = e.abs().mean()
-        lam = mu + typical(e, mu)
+        lam = typical(e, mu)
         assert_close(d, (mu + lam)*V @ ((V.mT @ g)/(e.abs() + lam)))
 
 
@@ -245,7 +266,7 @@ def test_explicit_sums_with_a_mask(kind):
     noise = (sum(c.square().sum() for c in each)/N/(sum(each)/N).square().sum() - 1)/(N - 1)
     rho = noise/(1 - m*e.mean()**2/e.square().sum())
     lam = e.mean()*rho/(1 - rho)
-    lam = lam + typical(e, lam, fisher)
+    lam = typical(e, lam, int(fisher))
     assert 0 < rho < 1
     assert_close(OutputLoss(loss, direction).directions(y, u, mask=mask)[1][mask],
                  auto_by_number(loss, direction, lam, e.mean(), G)(y, u, mask)[mask])

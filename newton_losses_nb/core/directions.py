@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .derivatives import random_signs
 from .evidence import Batch, Evidence, gram, nonzero
 from .solves import SPECTRA, choice, damping, fisher_step
-from .solves import number, spectral_step, spectrum
+from .solves import number, row_spectrum, spectral_step, spectrum
 
 # %% ../../nbs/core/04_directions.ipynb #01d46a3a
 class Direction(nn.Module):
@@ -80,6 +80,7 @@ class Damped(Direction):
 # %% ../../nbs/core/04_directions.ipynb #d02afaf9
 class Fisher(Damped):
     "(F + λI)^(-p) G with the empirical Fisher F (paper, Definition 2)"
+    squares = True
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  power:SupportsFloat=1.):  # 1 is Newton's step, 1/2 whitens
         super().__init__(lam)
@@ -87,9 +88,13 @@ class Fisher(Damped):
 
     def observe(self, b): return Evidence.of(b, self.lam == "auto", rows=b.G)
 
-    def spectrum(self, e): return None, gram(e.mean) if self.lam == "auto" else None
+    def spectrum(self, e):
+        if self.power != 1: return row_spectrum(e.mean)
+        return None, gram(e.mean) if self.lam == "auto" else None
+
     def solve(self, e, G, lam, found):
-        return fisher_step(e, G, lam, self.power, found[1])
+        if self.power != 1: return super().solve(e, G, lam, found)
+        return fisher_step(e, G, lam, found[1])
 
     def quick(self, e, G, mask=None):
         known = type(self) is Fisher and self.power == 1 and mask is None

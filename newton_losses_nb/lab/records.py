@@ -52,9 +52,10 @@ def environment(
     versions = {'torch': torch.__version__, 'python': platform.python_version(),
                 'newton_losses_nb': newton_losses_nb.__version__}
     if cuda: versions['cuda'] = torch.version.cuda
-    command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = [o if i and not o.startswith('/') else Path(o).name  # no one's folders
+               for i, o in enumerate(sys.argv)]
     return dict(device_name=name, versions=versions, git_commit=_git_commit(),
-                command=command)
+                command=' '.join(command))
 
 # %% ../../nbs/lab/02_records.ipynb #8d30f8d1
 def append_run(
