@@ -83,6 +83,11 @@ def cells():
     for (method, more), n, (relaxation, (name, values)) in product(arms, (10, 5), sharp.items()):
         for v in values: yield relaxation, method, more | dict(n=n, lr=1e-3) | {name: v}
 
+def finished(folder):
+    "The records of a folder by key; none if there is nothing, or half a line only"
+    try: return {r["key"]: r for r in read_runs(folder)}
+    except FileNotFoundError: return {}
+
 class Missing(Exception):
     "A trial is not finished, so its method has chosen nothing yet"
 
@@ -95,9 +100,7 @@ class Study:
         self.same = dict(network=a.network, device=a.device)
         name = self.name + f"{a.network}_"*(a.network != "small") + a.device
         self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "", "_map")}
-        some = lambda f: any(o.stat().st_size for o in f.glob("*.jsonl"))
-        self.found = {k: {r["key"]: r for r in read_runs(f)} if some(f) else {}
-                      for k, f in folders.items()}
+        self.found = {k: finished(f) for k, f in folders.items()}
 
     def load(self):
         return load_digits(data_dir=self.a.data_dir) if self.a.data_dir else load_digits()

@@ -108,5 +108,7 @@ def test_a_dry_run_after_a_kill(tmp_path, capsys):
     few = ["sorting", "--relaxations", "cauchy", "--methods", "none,fisher", "--seeds", "2", "--out", str(tmp_path), "--dry-run"]
     assert cli.nl_bench(few) == 0
     assert "0 finished" in (out := capsys.readouterr().out) and "4 to run" in out
+    (tmp_path/"sorting.jsonl").write_text('{"format": 1, "key')
+    assert cli.nl_bench(few) == 0 and "0 finished" in capsys.readouterr().out
     assert cli.nl_bench([*few, "--lam", "geometric"]) == 2
     assert "expected a rule that is still there, typical or auto, got geometric" in capsys.readouterr().err

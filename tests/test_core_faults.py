@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Krylov, MovingAverage,
     NewtonLoss, Noise, Normalize, OutputLoss, PerSample, Remembering, SmoothedAlgorithmLoss, SmoothedLoss,
-    SortingLoss, Whiten, Window, inject_fisher, newton_direction, soft_sort, true_permutation)
+    SortingLoss, Whiten, Window, check_loss, inject_fisher, newton_direction, soft_sort, true_permutation)
 from newton_losses_nb.core.adapters import per_sample
 
 SECOND = {"hessian": lambda lam: Hessian(lam), "diagonal": lambda lam: DiagonalHessian(lam),
@@ -705,3 +705,31 @@ def test_rows_by_accident_beside_a_mask():
     assert_close(loss, ((y - 1).square()*own*mask).sum(1))
     shared, _ = NewtonLoss(f, lam=.1).directions(y, w[None], mask=mask)
     assert_close(shared, ((y - 1).square()*w*mask).sum(1))
+
+
+@pytest.mark.parametrize("given", [dict(chunk_size=2), dict(mask=torch.ones(6, 3).tril(2).bool())], ids=["chunks", "mask"])
+def test_only_tensors_are_cut(given):
+    "Targets in a list or dict cannot be cut with the batch: refused, where each part would take the first ones"
+    torch.manual_seed(0)
+    y, mask = torch.randn(6, 3), given.pop("mask", None)
+    targets = [torch.randn(()) for _ in range(6)]
+    def listed(y, t): return torch.stack([(a - b).square().sum() for a, b in zip(y, t)])
+    def named(y, t): return listed(y, t["targets"])
+    def shared(y, options): return (y*options["weight"]).square().sum(1)
+    for f, t in ((listed, targets), (named, {"targets": targets})):
+        with pytest.raises(ValueError, match=r"args\[0\]: expected one row per sample where a batch is cut \(only tensors are\)"):
+            OutputLoss(f, **given).directions(y, t, mask=mask)
+    loss, _ = OutputLoss(shared, **given).directions(y, {"weight": 2.}, mask=mask)
+    assert_close(loss, (2*y.where(torch.tensor(True) if mask is None else mask, 0)).square().sum(1))
+
+
+def test_arguments_in_half_precision_are_widened():
+    "As a Newton loss does with them, so `check_loss`; a cosine before the first step is refused"
+    y, W = torch.randn(8, 3).bfloat16(), torch.randn(8, 3, 3).bfloat16()
+    def f(y, W): return torch.bmm(y[:, None], W).square().sum((1, 2))
+    loss = NewtonLoss(f)
+    with pytest.raises(ValueError, match="cosine: expected a step before, got none"): loss.cosine
+    loss.directions(y, W)
+    assert -1 <= loss.cosine <= 1.001
+    assert check_loss(f, y, W).ok
+    with pytest.raises(ValueError, match="max_norm: expected a positive number, got 0"): Clip(0)

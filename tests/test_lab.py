@@ -13,7 +13,7 @@ from ablations import AblationTask, ablation_config
 
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
-from newton_losses_nb.lab.records import read_runs, run_key, stored_results
+from newton_losses_nb.lab.records import environment, read_runs, run_key, stored_results
 from newton_losses_nb.lab.tasks import ClassificationTask, PathTask, SortingTask, classification_config, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
 
@@ -75,5 +75,13 @@ def test_benchmarks_keep_what_is_there(tmp_path, capsys):
     given = dict(verb="list", data_dir=None, network="small", device="cpu", shrink=1, rows=1)
     with pytest.raises(ValueError, match="data-dir: expected the data of what is in"):
         hard.Study(SimpleNamespace(out=hard.RESULTS, **given)).go_through()
+    (tmp_path/"hard_cpu").mkdir()
+    (tmp_path/"hard_cpu"/"soft_sort.jsonl").write_text('{"format": 1, "key')
     for kind in (hard.Study, hard.Paths): kind(SimpleNamespace(out=tmp_path, **given)).go_through()
     assert capsys.readouterr().out.count("trials to do") == 2
+
+
+def test_no_folder_of_a_machine_in_a_record(monkeypatch):
+    "Of absolute paths in the command only the last part"
+    monkeypatch.setattr("sys.argv", ["/home/me/bin/nl_bench", "sorting", "--out", "/home/me/runs", "--n", "5"])
+    assert environment()["command"] == "nl_bench sorting --out runs --n 5"

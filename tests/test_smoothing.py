@@ -113,6 +113,9 @@ def test_first_mistakes(data):
     with pytest.raises(ValueError, match="raise them first: floor=1e-3"):
         FenchelYoungLoss(lambda c: shortest_path(c.unflatten(-1, (3, 3))).flatten(-2), Noise(5.))(y, w)
     with pytest.raises(ValueError, match="blackbox differentiation has no second derivative"): BlackboxLoss(solver, square).derivatives(y, w)
+    with torch.no_grad(): loss, G, _ = BlackboxLoss(solver, square).derivatives(y, w, hessian=False)
+    assert loss.shape == y.shape[:1] and G.shape == y.shape
+    with pytest.raises(ValueError, match="expected values that depend on y"): BlackboxLoss(solver, lambda a, w: w.sum(1)).derivatives(y, w, hessian=False)
 
 HOOKED = '''
 import jaxtyping

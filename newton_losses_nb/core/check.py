@@ -60,7 +60,7 @@ class _Probe:
     def __init__(self, loss_fn, y, args=(), dtype=None):
         def cast(a):
             real = isinstance(a, Tensor) and a.is_floating_point()
-            return a.detach().to(dtype or a.dtype) if real else a
+            return (a.to(dtype) if dtype else widened(a)).detach() if real else a
         self.loss_fn, (self.y, *self.args) = loss_fn, map(cast, (y, *args))
         self.generators, self.states = _noise((loss_fn, args), y.device)
         draw = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .derivatives import random_signs
 from .evidence import Batch, Evidence, gram, nonzero
 from .solves import SPECTRA, choice, damping, fisher_step
-from .solves import number, row_spectrum, spectral_step, spectrum
+from .solves import number, positive, row_spectrum, spectral_step, spectrum
 
 # %% ../../nbs/core/04_directions.ipynb #01d46a3a
 class Direction(nn.Module):
@@ -57,7 +57,7 @@ class Direction(nn.Module):
 # %% ../../nbs/core/04_directions.ipynb #bb24a3e9
 class Damped(Direction):
     "(C + λI)^(-p) G from a spectrum of C, which a subclass names; base of what has a λ"
-    power, signed, diagonal = 1., False, False # Are eigenvalues signed? Is C diagonal?
+    power, diagonal, eigenvalues = 1., False, None # Is C diagonal? "raw": signed
     squares = False # Are eigenvalues a Fisher's, mean squares of gradients?
 
     def __init__(self, lam:SupportsFloat|str|Callable="auto"): # Damping λ
@@ -69,7 +69,7 @@ class Damped(Direction):
     def observe(self, b): return Evidence.of(b)
     def spectrum(self, e): return None, None
     def solve(self, e, G, lam, found):
-        return spectral_step(G, *found, lam, self.power, self.signed)
+        return spectral_step(G, *found, lam, self.power, self.eigenvalues == "raw")
 
     def forward(self, e, G, mask=None):
         found = self.spectrum(e)
@@ -111,7 +111,7 @@ class Hessian(Damped):
                  eigenvalues:str="raw",    # Negative ones: raw, abs or clip
                  power:SupportsFloat=1.):  # 1 is Newton's step
         super().__init__(lam)
-        self.power, self.signed = number("power", power), eigenvalues == "raw"
+        self.power = number("power", power)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
 
     def observe(self, b):
@@ -155,17 +155,16 @@ class DiagonalFisher(Damped):
 # %% ../../nbs/core/04_directions.ipynb #5c7bce23
 class DiagonalHessian(Damped):
     "The Hessian step with the diagonal of the mean Hessian only"
-    diagonal = True
+    second, diagonal = "diagonal", True
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  eigenvalues:str="raw",    # Negative ones: raw, abs or clip
                  probes:SupportsFloat|None=None):  # Random vectors; None: m products
         super().__init__(lam)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
-        self.second, self.probes = "diagonal", None
+        self.probes = probes
         if probes is not None:
             self.second = "products"
             self.probes = number("probes", probes, 1, whole=True)
-        self.signed = eigenvalues == "raw"
 
     def observe(self, b):
         c = b.H
@@ -204,7 +203,7 @@ class Clip(Direction):
     "Each sample's gradient, clipped to a largest norm"
     def __init__(self, max_norm:SupportsFloat=1.): # Longest gradient of a sample
         super().__init__()
-        self.max_norm = number("max_norm", max_norm, 1e-300)
+        self.max_norm = positive("max_norm", max_norm)
 
     def forward(self, e, G, mask=None):
         size = G.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)

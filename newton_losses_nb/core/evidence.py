@@ -62,7 +62,8 @@ class Evidence(NamedTuple):
         square = squares.sum(-2)
         if lengths:
             own = squares.sum(-1)
-            more |= dict(roots=own.pow(1/8).sum(-1), fourths=own.square().sum(-1))
+            fourths = torch.linalg.vecdot(own, own)
+            more |= dict(roots=own.pow(1/8).sum(-1), fourths=fourths)
         if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
         return cls(square, *[float(b.G.shape[-2])]*2, **more)
 
@@ -71,13 +72,6 @@ class Evidence(NamedTuple):
         fs = [f]*(len(self) - 1) + [of_rows or f]
         return Evidence(*(f(x) if isinstance(x, Tensor) else x
                           for f, x in zip(fs, self)))
-
-    def fits(self, shape, what:str):
-        "Raise unless this is of `what`, with leading dimensions and outputs `shape`"
-        own = None if self.square is None else tuple(self.square.shape)
-        if own not in (None, shape): raise ValueError(
-            f"y: expected the leading dimensions and outputs of {what}, {own}, got "
-            f"{shape}")
 
     def __add__(self, other):
         *sums, rows = (None if a is None else (a, b) for a, b in zip(self, other))

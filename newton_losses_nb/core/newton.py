@@ -85,6 +85,8 @@ class OutputLoss(nn.Module):
     @property
     def cosine(self) -> float:
         "Between what was sent back last and the gradient; 1: the plain gradient"
+        if "sent" not in self.__dict__: raise ValueError(
+            "cosine: expected a step before, got none since this loss was made")
         G, D = self.__dict__["sent"]
         return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
 
@@ -95,7 +97,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     group, memory = Group(self.group), None if self.shared else self.direction.memory
     observe = partial(self._observe, y, mask, args)
     b, e = group.together(observe, getattr(y, "device", "cpu"))
-    if self.shared: e = self._accumulated(y, mask)
+    if self.shared: e = self.shared
     elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
@@ -113,6 +115,10 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
 def _observe(self:OutputLoss, y, mask, args):
     "The batch, and the sum of the evidence of its chunks"
     self._check_call(y, mask, args)
+    if self.shared: _check_shared(self.shared, y, "the micro-batches")
+    if self.shared and mask is not None and not self.padded: raise ValueError(
+        "mask: expected none, or those of all micro-batches, "
+        "accumulated(batches, masks)")
     own, (*lead, N, _) = self._of_samples(y, mask, args), y.shape
     size = N if self.chunk_size is None else self.chunk_size//max(1, math.prod(lead))
     size = max(size, 1)
@@ -132,7 +138,7 @@ def _batch(self:OutputLoss, y, mask, args):
     "Losses and derivatives of some samples, and the sums of the direction over them"
     lead, guard = y.shape[:-1], self.on_nonfinite != "raise"
     second = None if self.shared else self.direction.second
-    y, mask, *args = _flat(y.detach(), mask, args)
+    y, mask, *args = _flat(y, mask, args)
     if guard:
         fine = y.isfinite() if mask is None else y.isfinite() | ~mask
         fine = fine.all(-1, keepdim=True)
@@ -259,7 +265,7 @@ def _of_samples(self:OutputLoss, y, mask, args):
     *lead, m = y.shape
     hint = f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1)
     own = of_samples(args, lead, hint)
-    if y.ndim > 2 or self.checked or len(y) < 2 or not any(own): return own
+    if y.ndim > 2 or self.checked or len(y) < 2 or not args: return own
     N, half = len(y), len(y)//2
     def changes(mask):
         "Does a cut change the losses, though a second call does not?"
@@ -279,10 +285,10 @@ def _of_samples(self:OutputLoss, y, mask, args):
         y = y.where(mask, 0)                         # not every loss takes padding
         with contextlib.suppress(Exception): found = changes(None)
     if found: raise ValueError(
-        ", ".join(f"args[{i}]" for i, o in enumerate(own) if o) + ": expected one row "
-        "per sample where a batch is cut, but the loss of a sample changes with the "
-        "cut; what all samples share has 1 row, shape (1, m) for m outputs, and "
-        "samples must not depend on each other")
+        ", ".join(f"args[{i}]" for i, o in enumerate(own) if o or not any(own))
+        + ": expected one row per sample where a batch is cut (only tensors are), but "
+        "the loss of a sample changes with the cut; what all samples share has 1 row, "
+        "shape (1, m) for m outputs, and samples must not depend on each other")
     return own
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7
@@ -385,15 +391,12 @@ def accumulated(
     finally: self.shared = None
 
 def _check_shared(e, y, what):
-    getattr(e, "sums", e).fits((*y.shape[:-2], y.shape[-1]), what)   # or `Krylov`'s
+    "Raise unless evidence is of leading dimensions and outputs like those of `y`"
+    square, shape = getattr(e, "sums", e).square, (*y.shape[:-2], y.shape[-1])
+    if square is not None and square.shape != shape: raise ValueError(
+        f"y: expected the leading dimensions and outputs of {what}, "
+        f"{tuple(square.shape)}, got {shape}")
 
-@patch
-def _accumulated(self:OutputLoss, y, mask):
-    "The evidence that all calls share, if it is of such outputs"
-    _check_shared(self.shared, y, "the micro-batches")
-    if mask is None or self.padded: return self.shared
-    raise ValueError("mask: expected none, or those of all micro-batches, "
-                     "accumulated(batches, masks)")
 
 # %% ../../nbs/core/05_newton.ipynb #a3afcb89
 class NewtonLoss(OutputLoss):

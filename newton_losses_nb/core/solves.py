@@ -24,14 +24,13 @@ def auto_damping(
     typical:Callable|None=None, # λ₀ to λ, typical for C + λ₀I; None: to μ + λ₀
     power:float=1.,           # Power of the direction
     least:float|Float[Tensor, "*b"]=0., # Least λ₀, in units of μ
-    lift:Float[Tensor, "*b"]|None=None, # Added to λ₀ for negative eigenvalues
+    lift:float|Float[Tensor, "*b"]=0., # Added to λ₀ for negative eigenvalues
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ of the samples, and the factor that gives a direction its length"
     N, spread = e.samples, e.fourths if e.spread is None else e.spread
     noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
     ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
-    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
-    if lift is not None: lam = lam + lift
+    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
     lam = typical(lam) if typical else mu + lam
     length = mu + lam if power == 1 else (mu + lam)**power
@@ -48,9 +47,10 @@ def damping(
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]|float]: # λ, and a factor
     "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
     if isinstance(lam, str):
-        m, order, lift = e.outputs, power*(1 + squares) - 1, None
+        m, order, lift = e.outputs, power*(1 + squares) - 1, 0.
         if eigenvalues is None:
-            trace, norm = K.diagonal(dim1=-2, dim2=-1).sum(-1), K.norm(dim=(-2, -1))
+            norm = torch.linalg.matrix_norm(K)
+            trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)
         else:
             trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
             lift = -2.*eigenvalues.amin(-1).clamp_max(0)

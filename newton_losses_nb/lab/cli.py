@@ -175,12 +175,14 @@ def benches() -> dict[str, _Bench]: # By name
 # %% ../../nbs/lab/13_cli.ipynb #9b7faf16
 def _pick(kind, args):
     "Of the arguments those of a class of settings: with one value, and with several"
-    several = {f.name for f in fields(kind) if f.metadata["option"]}
-    mine = {f.name: args[f.name] for f in fields(kind) if f.name in args}
-    lists = {k: _names(v) for k, v in mine.items() if k in several - {"seed"}}
-    if "seed" in several: lists = {"seed": _seeds(mine["seed"])} | lists
+    several = {f.name: f.metadata["option"] for f in fields(kind)}
+    mine = {k: args[k] for k in several if k in args}
+    lists = {k: _names(v) for k, v in mine.items() if several[k] and k != "seed"}
+    if several.get("seed"): lists = {"seed": _seeds(mine["seed"])} | lists
     if "method" in lists: lists["method"] = lists.pop("method")
-    return {k: v for k, v in mine.items() if k not in several}, lists
+    for k, v in lists.items():
+        if not v: raise ValueError(f"{several[k]}: expected at least one, got none")
+    return {k: v for k, v in mine.items() if not several[k]}, lists
 
 def _run_grid(name, **args):
     "Run a grid, and report each metric in a folder of its own"
@@ -189,9 +191,6 @@ def _run_grid(name, **args):
     same, lists = _pick(kind, args)
     engine = _engine(options, same["device"])
     unknown = {f.name: 10**9 for f in fields(kind) if f.metadata["option"] == ""}
-    options_of = {f.name: f.metadata["option"] for f in fields(kind)}
-    for k, v in lists.items():
-        if not v: raise ValueError(f"{options_of[k]}: expected at least one, got none")
     wanted = kind.grid(same | unknown, **lists)
     if not wanted: raise ValueError(
         "methods: no such run exists, since relaxed_bf and blackbox have no Hessian")
@@ -229,8 +228,8 @@ def _engine(options, device):
 # %% ../../nbs/lab/13_cli.ipynb #3db15220
 def _preview(tasks, out):
     "Say what would run, and what of it is finished"
-    found = any(o.stat().st_size for o in Path(out).glob("*.jsonl"))
-    done = {r["key"] for r in read_runs(out)} if found else ()
+    try: done = {r["key"] for r in read_runs(out)}
+    except FileNotFoundError: done = () # nothing, or half a line only
     left = [t for t in tasks if t.key not in done]
     finished, steps = len(tasks) - len(left), sum(t.config["steps"] for t in left)
     print(f"{len(tasks)} runs on {tasks[0].source}: {finished} finished in {out}, "

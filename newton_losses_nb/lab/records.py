@@ -79,8 +79,11 @@ def _record(line):
     if not isinstance(r, dict) or r.get("format") != 1:
         raise ValueError("expected a record with format 1")
     missing = [k for k in _keys if k not in r]
-    missing = missing or [k for k in ("method", "seed") if k not in r["config"]]
     if missing: raise ValueError(f"the key {missing[0]!r} is missing")
+    for k in ("config", "versions", *["result"]*bool(r["result"])):
+        if not isinstance(r[k], dict): raise ValueError(f"{k} is no dictionary: {r[k]}")
+    missing = [k for k in ("method", "seed") if k not in r["config"]]
+    if missing: raise ValueError(f"config: the key {missing[0]!r} is missing")
     if (r["status"], bool(r["result"])) not in (("ok", True), ("failed", False)):
         raise ValueError(f"status {r['status']!r} with the result {r['result']!r}")
     return r

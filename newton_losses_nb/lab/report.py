@@ -21,8 +21,7 @@ from ..core.directions import Fisher, Hessian
 from .experiment import METHODS
 
 # %% ../../nbs/lab/04_report.ipynb #d5b21acf
-_method_fields = ( # Entries that belong to the method, not to the setting
-    "lam", "max_norm", "gain")
+_method_fields = "lam", "max_norm", "gain" # They belong to the method, not the setting
 
 def _fields(d, keys): return [f"{k}={d[k]}" for k in keys if d.get(k) is not None]
 
@@ -133,9 +132,8 @@ def summary(
         row = dict(setting=setting, method=method, failed=sum(o.isna()))
         rows.append(row | _describe(o) | test)
     columns = "setting method runs failed mean std median q25 q75 pairs diff lo hi p"
-    table = pd.DataFrame(rows, columns=columns.split())
-    table = table.astype(dict.fromkeys(["diff", "lo", "hi", "p"], float))
-    return table.assign(pairs=table.pairs.astype("Int64"), p_holm=holm(table.p))
+    table = pd.DataFrame(rows, columns=columns.split()).astype({"pairs": "Int64"})
+    return table.assign(p_holm=holm(table.p))
 
 # %% ../../nbs/lab/04_report.ipynb #b5943a2b
 def _known(text, *values):
@@ -178,8 +176,6 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
             f"nothing, and these are {tested.pairs.max()}.")
 
 # %% ../../nbs/lab/04_report.ipynb #d499029c
-def _several(values): return "; ".join(dict.fromkeys(values))
-
 def _failures(runs):
     "How many runs failed, and why"
     errors = [str(r["error"]) for r in runs if r["status"] == "failed"]
@@ -191,7 +187,7 @@ def _failures(runs):
 
 def _by_setting(g, texts):
     "The different texts of all runs; settings apart where their texts differ"
-    each = pd.Series(texts).groupby(g.setting, sort=False).agg(_several)
+    each = pd.Series(texts).groupby(g.setting, sort=False).unique().str.join("; ")
     if each.nunique() == 1: return each.iloc[0]
     alike = pd.Series(each.index).groupby(each.to_numpy(), sort=False).agg("; ".join)
     return " | ".join(f"{settings}: {o}" for o, settings in alike.items() if o)

@@ -309,9 +309,8 @@ def digit_loss(y:Float[Tensor, "N 10"], t:Int64[Tensor, "N"]) -> Float[Tensor, "
 # %% ../../nbs/lab/05_tasks.ipynb #44538168
 def _mlp(a, side):
     "A network of three full layers, with activations of the class `a`"
-    full = nn.Linear
-    return nn.Sequential(
-        nn.Flatten(), full(side**2, 128), a(), full(128, 64), a(), full(64, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(side**2, 128), a(),
+                         nn.Linear(128, 64), a(), nn.Linear(64, 10))
 
 def _lenet5(a, side):
     "LeNet-5 with average pooling, for images with a side of 28 or 14"

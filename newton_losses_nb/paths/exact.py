@@ -198,6 +198,7 @@ def path_cost(
     path:Shaped[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
 ) -> Float[Tensor, "*batch"]:          # Sum of the costs on the path
     "What a path costs, in float32 at least"
+    check_same_shape("path", path, "cost", cost)
     beside = (path == 0) & cost.isinf()
     return (widened(cost)*widened(path)).masked_fill(beside, 0).sum((-2, -1))
 

@@ -125,15 +125,10 @@ def draw_noise(
 @torch.no_grad()
 def call(name, algorithm, points:Float[Tensor, "N S ..."], args=()):
     "Results of an algorithm for S points of each row, from one call; `name` in errors"
-    n, S = points.shape[:2]
-    own = of_samples(args, [n])
-    args = [a.repeat_interleave(S, 0) if o else a for a, o in zip(args, own)]
-    f = _run(name, algorithm, points.flatten(0, 1), args)
-    return f.to(torch.promote_types(f.dtype, points.dtype)).unflatten(0, (n, S))
-
-# %% ../../nbs/paths/02_fenchel_young.ipynb #01774d07
-def _run(name, algorithm, points, args):
-    "Call the algorithm; what goes wrong is explained by how it was called"
+    N, S, *_ = points.shape
+    args = [a.repeat_interleave(S, 0) if o else a
+            for a, o in zip(args, of_samples(args, [N]))]
+    points = points.flatten(0, 1)
     n, transform = len(points), torch._C._are_functorch_transforms_active()
     called = f"it is called once, with all N·S = {n} rows, shape {tuple(points.shape)}"
     try: f = algorithm(points, *args)
@@ -148,7 +143,7 @@ def _run(name, algorithm, points, args):
     if f.shape[:1] != (n,): raise ValueError(
         f"{name}: expected a tensor with one row for each of the {n} rows it was "
         f"given, got shape {tuple(f.shape)} ({called})")
-    return f
+    return f.to(torch.promote_types(f.dtype, points.dtype)).unflatten(0, (N, S))
 
 def check_tensor(name, f):
     if not isinstance(f, Tensor): raise TypeError(

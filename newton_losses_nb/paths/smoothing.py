@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -100,24 +99,21 @@ class SmoothedAlgorithmLoss(AsCode):
         a = smoothed_algorithm(self.algorithm, y, self.noise)
         return sample_losses(self.loss_fn, a, *args)
 
-# %% ../../nbs/paths/03_smoothing.ipynb #f5c85d6c
-@patch
-def derivatives(self:SmoothedAlgorithmLoss, y:Float[Tensor, "N m"], *args,
-                hessian:bool=True) -> tuple:
-    "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
-    noise = self.noise
-    a, centred, e = _sample("algorithm", self.algorithm, y, noise)
-    second = "full" if hessian else None
-    loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, second=second,
-                                   check=False)
-    s, scale = noise.kind.score(e), e.shape[1]*noise.sigma
-    J = torch.einsum("nsk,nsm->nkm", centred, s)/scale
-    G = torch.einsum("nk,nkm->nm", dL, J)
-    if not hessian: return loss, G, None
-    H = J.mT @ ddL @ J
-    if self.gauss_newton: return loss, G, H
-    weight = torch.einsum("nsk,nk->ns", centred, dL)
-    return loss, G, H + _weighted_hessian(weight, e, noise)
+    def derivatives(self, y:Float[Tensor, "N m"], *args, hessian:bool=True) -> tuple:
+        "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
+        noise = self.noise
+        a, centred, e = _sample("algorithm", self.algorithm, y, noise)
+        second = "full" if hessian else None
+        loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, second=second,
+                                       check=False)
+        s, scale = noise.kind.score(e), e.shape[1]*noise.sigma
+        J = torch.einsum("nsk,nsm->nkm", centred, s)/scale
+        G = torch.einsum("nk,nkm->nm", dL, J)
+        if not hessian: return loss, G, None
+        H = J.mT @ ddL @ J
+        if self.gauss_newton: return loss, G, H
+        weight = torch.einsum("nsk,nk->ns", centred, dL)
+        return loss, G, H + _weighted_hessian(weight, e, noise)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #403c11b9
 class _Blackbox(torch.autograd.Function):
@@ -167,6 +163,4 @@ class BlackboxLoss(AsCode):
         "Losses `(N,)` and gradients `(N, m)`; there is no Hessian (`hessian=False`)"
         if hessian: raise ValueError("loss_fn: blackbox differentiation has no second "
                                      "derivative; use curvature='fisher'")
-        y = y.detach().requires_grad_()
-        loss = self(y, *args)
-        return loss.detach(), torch.autograd.grad(loss.sum(), y)[0], None
+        return derivatives_of(self.__call__, y, *args, check=False)

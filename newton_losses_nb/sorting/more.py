@@ -22,6 +22,7 @@ def expected_ranks(
     "Mean rank of every input"
     if P.ndim < 2 or P.shape[-1] != P.shape[-2]:
         raise ValueError(f"P: expected shape (..., n, n), got {tuple(P.shape)}")
+    P = widened(P)
     rank = torch.arange(1, P.shape[-1] + 1, dtype=P.dtype, device=P.device)
     return (rank.unsqueeze(-1)*P).sum(-2)
 
