@@ -387,14 +387,15 @@ def _recommend(p):
         ": with one output a Newton step is a rescaling.")
     if turn >= _SAME: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
-    def take(x): return ("turns the gradient, and on the outputs ten steps take "
-                         f"{x:.2f} times as much of the loss as gradient steps.")
+    tried = {"with the Hessian": newton, "whitened": whitened}
+    gains = " and ".join(f"{v:.2f} times ({k})" for k, v in tried.items() if v != 1)
+    taken = (f"on the outputs ten steps take {gains or 'just'} as much of the loss as "
+             "gradient steps.")
     if newton >= _NEWTON: return NewtonLoss, dict(curvature="hessian") | kw, (
-        f"Newton's step {take(newton)}")
+        f"Newton's step is turned, and pays: {taken}")
     if whitened >= _WHITENED: return OutputLoss, dict(direction=Whiten()) | kw, (
-        f"Whitening, half of a Newton step, {take(whitened)}")
-    return plain(f": on the outputs whitened gradients take {whitened:.2f} times as "
-                 "much of the loss in ten steps as gradients.")
+        f"Whitening, the root of a Newton step, pays: {taken}")
+    return plain(f": {taken}")
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)

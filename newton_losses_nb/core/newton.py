@@ -193,8 +193,9 @@ def _explain(D, b, e, y):
     named = {"y": y, "loss_fn's values": b.loss, "gradient of loss_fn": b.G,
              "Hessian of loss_fn": getattr(e, "total", None)}
     for name, x in named.items():
-        if x is not None and (bad := int((~x.isfinite()).sum())): raise NonFiniteError(
-            f"{name}: expected finite numbers, got {bad} of {x.numel()} that are not")
+        if x is not None and len(bad := (~x.isfinite()).nonzero()): raise NonFiniteError(
+            f"{name}: expected finite numbers, got {len(bad)} of {x.numel()} that are "
+            f"not, first at {bad[0].tolist()}; on_nonfinite='skip' leaves such samples out")
     if D.isfinite().all(): return D
     raise SingularError("lam: C + λI is singular, or λ is not at least 0; expected a "
                         "larger lam, lam='auto', or eigenvalues='abs'")
