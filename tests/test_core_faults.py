@@ -733,3 +733,108 @@ def test_arguments_in_half_precision_are_widened():
     assert -1 <= loss.cosine <= 1.001
     assert check_loss(f, y, W).ok
     with pytest.raises(ValueError, match="max_norm: expected a positive number, got 0"): Clip(0)
+
+
+# ---------------------------------------------------------------- memories and weights
+
+@pytest.mark.parametrize("direction", [Fisher(), Whiten(), Hessian()], ids=repr)
+@pytest.mark.parametrize("decay", [.5, .9])
+def test_a_moving_average_weighs_samples(direction, decay):
+    "After one long sample, by explicit sums with weights: how many samples count is (Σw)²/Σw², for λ and for the length"
+    torch.manual_seed(0)
+    hessian, whiten = isinstance(direction, Hessian), isinstance(direction, Whiten)
+    def f(y, g, h): return (y*g).sum(1) + (h*y.square()).sum(1)/2
+    loss = OutputLoss(f, Remembering(direction, MovingAverage(decay)))
+    past, m = [], 3
+    for k in range(12):
+        g, h = torch.randn(8, m).double(), 1 + torch.rand(8, m).double()*torch.tensor([1., 2, 4])
+        if k == 0: g[0] *= 1000
+        y = torch.zeros_like(g).requires_grad_()
+        loss(y, g, h).backward()
+        past = [(decay*w, *o) for w, *o in past] + [(1., g, h)]
+        w = torch.cat([torch.full((8,), v).double() for v, *_ in past])
+        G, H = (torch.cat([o[i] for o in past]) for i in (1, 2))
+        each = torch.diag_embed(H) if hessian else G[:, :, None]*G[:, None]
+        C, share = (w[:, None, None]*each).sum(0)/w.sum(), w.square().sum()/w.sum()**2
+        e, V = torch.linalg.eigh(C)
+        mu, whole = e.mean(), C.square().sum()
+        noise = (((w/w.sum())**2*each.square().sum((1, 2))).sum() - share*whole)/(1 - share)
+        over = (noise/(whole - m*mu**2 - noise).clamp_min(0)).clamp(1e-6, 1e6)
+        first = mu*over if hessian else mu*over.clamp_min(m*share**.5 - 1)
+        lam = (e + first).prod()**(1/m) if hessian or whiten else mu + first
+        lengths = G.norm(dim=1)
+        s = ((w*lengths**.25).sum()/w.sum())**4/((w*lengths**2).sum()/w.sum()).sqrt()
+        nu = (w*lengths**2).sum()**2/(w**2*lengths**4).sum()
+        p = .5 if whiten else 1.
+        D = s**(1/nu)*(mu + lam)**p*(g @ V/(e + lam)**p) @ V.mT
+        assert nu > .999 and share < 1/7
+        assert_close(8*y.grad, D, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("direction", [Hessian(), DiagonalHessian()], ids=repr)
+def test_what_is_broken_is_not_remembered(direction):
+    "One sample without a finite second derivative: the plain gradient for its batch, and a memory that stays whole"
+    f = lambda y: (y + y.abs()**1.5).sum(1)
+    loss = OutputLoss(f, Remembering(direction, MovingAverage(.5)), on_nonfinite="gradient")
+    torch.manual_seed(0)
+    for i in range(4):
+        y = torch.randn(64, 3)*torch.tensor([10., 1, .01])
+        y[0, 0] *= i > 1
+        loss(y.requires_grad_()).backward()
+        assert (loss.cosine > .9999) == (i < 2)
+    assert all(e.total.isfinite().all() for e in loss.direction.memory.past)
+    raising = OutputLoss(f, Remembering(direction, Window(3)))
+    y = y.detach()
+    y[0, 0] = 0
+    with raising.accumulated([(y,)]): pass
+    assert not raising.direction.memory.past
+
+
+def test_parameters_in_containers():
+    "In a dict, as functional_call takes them: refused under torch.func.grad, trained if they are let loose later"
+    net, y = {"t": [nn.Parameter(torch.tensor(1.), requires_grad=False)]}, torch.randn(5, 3)
+    loss = OutputLoss(lambda y: (net["t"][0]*y).square().sum(1), Whiten())
+    loss(y.clone().requires_grad_()).backward()
+    net["t"][0].requires_grad_(True)
+    loss(y.clone().requires_grad_()).backward()
+    assert_close(net["t"][0].grad, 2*y.square().sum(1).mean())
+    def of(p): return OutputLoss(lambda y: (p["t"]*y).square().sum(1), Whiten())(y)
+    with pytest.raises(RuntimeError, match="loss_fn: its parameters"): torch.func.grad(of)({"t": torch.tensor(1.)})
+
+
+def test_accumulated_skips_the_same_samples():
+    "A sample without a finite Hessian takes no part in the sums, nor in the calls"
+    torch.manual_seed(0)
+    y = torch.randn(6, 3, dtype=torch.float64)
+    y[2] = 0
+    loss = OutputLoss(lambda y: (y + y.abs()**1.5).sum(1), Hessian(), on_nonfinite="skip")
+    a, b = y.clone().requires_grad_(), y.clone().requires_grad_()
+    alone = loss(a)
+    alone.backward()
+    with loss.accumulated([(y,)]):
+        together = loss(b)
+        together.backward()
+    assert_close(alone, together)
+    assert_close(a.grad, b.grad)
+    assert not a.grad[2].any() and a.grad[0].any()
+
+
+def test_a_power_up_to_rounding():
+    "1 and the sum of ten tenths, 1/2 and .7 − .2: the same λ"
+    h, G = torch.tensor([1., 1e-4], dtype=torch.float64), torch.randn(400, 4).double()*torch.tensor([10., 3, 1, .1])
+    flat = lambda p: OutputLoss(lambda y: (y + h*y.square()/2).sum(1), Hessian(power=p)).directions(torch.zeros(8, 2).double())[1]
+    assert_close(flat(sum([.1]*10)), flat(1.))
+    linear = lambda d: OutputLoss(lambda y: (y*G).sum(1), d).directions(torch.zeros_like(G))[1]
+    assert_close(linear(Fisher(power=.7 - .2)), linear(Whiten()))
+    assert_close(linear(Fisher(power=.5 + 1e-13)), linear(Whiten()))
+
+
+@pytest.mark.parametrize("mode", ["skip", "gradient"])
+def test_each_sample_is_a_batch_of_its_own(mode):
+    "One that has a singular curvature changes no other"
+    G, H = torch.randn(4, 3), torch.ones(4, 3)
+    H[1] = 0
+    f = lambda y, g, h: (y*g).sum(1) + (h*y*y).sum(1)/2
+    D = OutputLoss(f, PerSample(Hessian(0.)), on_nonfinite=mode).directions(torch.zeros(4, 3), G, H)[1]
+    assert_close(D[[0, 2, 3]], G[[0, 2, 3]])
+    assert_close(D[1], G[1]*(mode == "gradient"))

@@ -49,6 +49,7 @@ class Evidence(NamedTuple):
     square: Float[Tensor, "*b m"]|None = None # Squared gradients
     count: Float[Tensor, "*b m"]|float|None = None # How many samples have each output
     samples: Float[Tensor, "*b"]|float|None = None # How many samples there are
+    weights: Float[Tensor, "*b"]|float|None = None # Sum of their squared weights
     spread: Float[Tensor, "*b"]|None = None   # Squared sizes ‖C_i‖² of their curvatures
     roots: Float[Tensor, "*b"]|None = None    # Fourth roots of their gradients' lengths
     fourths: Float[Tensor, "*b"]|None = None  # Fourth powers of them
@@ -64,8 +65,8 @@ class Evidence(NamedTuple):
             own = squares.sum(-1)
             fourths = torch.linalg.vecdot(own, own)
             more |= dict(roots=own.pow(1/8).sum(-1), fourths=fourths)
-        if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, **more)
-        return cls(square, *[float(b.G.shape[-2])]*2, **more)
+        if b.weight is not None: return cls(square, b.weight.sum(-2), b.n, b.n, **more)
+        return cls(square, *[float(b.G.shape[-2])]*3, **more)
 
     def map(self, f:Callable, of_rows:Callable|None=None) -> "Evidence":
         "All tensors through `f`, the rows through `of_rows` if that is given"
@@ -78,8 +79,11 @@ class Evidence(NamedTuple):
         return Evidence(*(s and sum(s) for s in sums), rows and torch.cat(rows, -2))
 
     def __rmul__(self, w:float):
-        *sums, rows = (None if x is None else w*x for x in self)
-        return Evidence(*sums, rows if rows is None else self.rows*w**.5)
+        "Samples of weight `w`: sums of squares over samples have its square"
+        powers = dict(weights=2, spread=2, fourths=2, rows=.5)
+        return Evidence(*(None if x is None else w**powers.get(k, 1)*x
+                          for k, x in zip(self._fields, self)))
+
 
 # %% ../../nbs/core/02_evidence.ipynb #a13a059c
 def nonzero(n):
@@ -116,6 +120,11 @@ def entries(self:Evidence) -> Float[Tensor, "*b"]|float:
     "How many numbers the gradients of all samples have"
     n = self.count
     return n.sum(-1) if isinstance(n, Tensor) else n*self.square.shape[-1]
+
+@patch(as_prop=True)
+def share(self:Evidence) -> Float[Tensor, "*b"]|float:
+    "One over how many samples count, 1/N if all count alike"
+    return self.weights/self.samples**2
 
 @patch(as_prop=True)
 def mean_square(self:Evidence) -> Float[Tensor, "*b"]:
@@ -201,5 +210,6 @@ def pooled(self:Evidence, group:Group) -> Evidence:
     if len(set(widths)) > 1: raise ValueError(
         f"y: expected equally many outputs in all processes, got {widths}")
     full = torch.full_like(self.square, 1.)          # processes may have masks or none
-    e = self._replace(count=self.count*full, samples=self.samples*full[..., 0])
+    e = self._replace(count=self.count*full, samples=self.samples*full[..., 0],
+                      weights=self.weights*full[..., 0])
     return e.map(group.add, lambda x: group.cat(x)[0])

@@ -48,7 +48,7 @@ class _Memory(nn.Module):
         "What is remembered, on the device of new evidence and of its kind"
         def kind(e):
             own = () if e.square is None else tuple(e.square.shape)
-            return own, [None if x is None else x.ndim for x in e[3:]]
+            return own, [None if x is None else x.ndim for x in e[4:]]
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
             "memory: expected evidence like that remembered, leading dimensions and "
             f"outputs {kind(self.past[0])}, got {kind(e)}; reset() it for another "

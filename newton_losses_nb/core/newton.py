@@ -101,7 +101,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
     if memory: e, past = memory(e)
     D = group.together(partial(self._directions, e, b, mask, y), y.device)
-    if memory and remember: memory.keep(past)
+    if memory and remember: self._remember(e, past)
     shared = b.weight is not None or group.size > 1
     n = nonzero(group.add(b.n)/group.size) if shared else None
     self.__dict__.update(sent=(b.G, D), taking=n)    # n samples take part
@@ -109,6 +109,13 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
         b.weight is None or bool((b.n > 1).any()))
     D = D.to(widened(y).dtype)
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
+
+@patch
+def _remember(self:OutputLoss, e, past):
+    "Keep what is remembered, unless some number is not finite (none is with \"skip\")"
+    sums = sum(x.sum() for x in (e.square, e.total) if x is not None)
+    if self.on_nonfinite == "skip" or math.isfinite(sums): self.direction.memory.keep(past)
+
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
 @patch
@@ -137,7 +144,8 @@ def _observe(self:OutputLoss, y, mask, args):
 def _batch(self:OutputLoss, y, mask, args):
     "Losses and derivatives of some samples, and the sums of the direction over them"
     lead, guard = y.shape[:-1], self.on_nonfinite != "raise"
-    second = None if self.shared else self.direction.second
+    given = self.shared and self.on_nonfinite != "skip"   # evidence, not who takes part
+    second = None if given else self.direction.second
     y, mask, *args = _flat(y, mask, args)
     if guard:
         fine = y.isfinite() if mask is None else y.isfinite() | ~mask
@@ -184,7 +192,8 @@ def _directions(self:OutputLoss, e, b, mask, y):
         if b.weight is not None: D = D.where(b.weight > 0, 0)
         if raises and math.isfinite((D.sum() + b.loss.sum()).item()): return D
     if raises: return _explain(D, b, e, y)
-    found = D.isfinite().all(-1).all(-1)[..., None, None]
+    found = D.isfinite().all(-1, keepdim=True)
+    if find.shares: found = found.all(-2, keepdim=True)
     return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
 
 def _explain(D, b, e, y):
@@ -324,17 +333,20 @@ def _learns(self:OutputLoss, y, mask, args):
     return bool(self.learns)
 
 def _parameters(f):
-    "Tensors that `f` names: of itself, its attributes, closure, globals, lists there"
+    "Tensors that `f` names: of itself, its attributes, closure, globals, containers there"
     while isinstance(f, partial): f = f.func
     f = getattr(f, "__self__", f)                    # of a method
     parts = [f, *getattr(f, "__dict__", {}).values()]
     if isinstance(f, FunctionType):
         parts += [c.cell_contents for c in f.__closure__ or ()]
         parts += [f.__globals__.get(k) for k in f.__code__.co_names]
-    for o in parts:
-        for x in o if isinstance(o, (list, tuple)) else (o,):
-            if isinstance(x, Tensor): yield x
-            elif isinstance(x, nn.Module): yield from x.parameters()
+    yield from _tensors(parts)
+
+def _tensors(x):
+    if isinstance(x, Tensor): yield x
+    elif isinstance(x, nn.Module): yield from x.parameters()
+    elif isinstance(x, (list, tuple, dict)):
+        for o in x.values() if isinstance(x, dict) else x: yield from _tensors(o)
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -386,7 +398,7 @@ def accumulated(
     with torch.no_grad(): self.shared = group.together(add).pooled(group)
     if memory:
         self.shared, past = memory(self.shared)
-        if self.training: memory.keep(past)
+        if self.training: self._remember(self.shared, past)
     self.padded = masks is not None
     try: yield self
     finally: self.shared = None

@@ -27,9 +27,9 @@ def auto_damping(
     lift:float|Float[Tensor, "*b"]=0., # Added to λ₀ for negative eigenvalues
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ of the samples, and the factor that gives a direction its length"
-    N, spread = e.samples, e.fourths if e.spread is None else e.spread
-    noise = (N*spread/total - 1.)/(N - 1.)       # β²/‖C‖², where δ²/‖C‖² = 1 − even
-    ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(N > 1.))
+    share, spread = e.share, e.fourths if e.spread is None else e.spread
+    noise = (spread/total - share)/(1. - share)  # β²/‖C‖², where δ²/‖C‖² = 1 − even
+    ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(share < 1.))
     lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
     lam = typical(lam) if typical else mu + lam
@@ -57,11 +57,11 @@ def damping(
         def power_mean(lam):
             logs = (eigenvalues.abs()/lam.unsqueeze(-1)).log1p()
             if order == 0: return lam*(logs.sum(-1)/m).exp()
-            return lam*(1 + (order*logs).expm1().sum(-1)/m)**(1/order)
+            return lam*(((order*logs).expm1().sum(-1)/m).log1p()/order).exp()
         whole = e.total is None and not isinstance(e.count, Tensor)
         total = (e.count*norm).square() if whole else e.size
         even = (trace/norm).square()/m
-        least = 0. if e.rows is None else m/e.samples**.5 - 1.
+        least = 0. if e.rows is None else m*e.share**.5 - 1.
         typical = None if eigenvalues is None else power_mean
         return auto_damping(e, trace/m, even, total, typical, power, least, lift)
     square = e.mean_square
