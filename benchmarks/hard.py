@@ -24,7 +24,7 @@ from newton_losses_nb.paths.terrain import load_maps
 RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
 RELAXATIONS = "soft_sort", "neural_sort"
 TUNING, REPORTED, MORE, MAP = (1000, 1001), range(5), range(5, 10), (2000, 2001)  # Seeds
-TRIAL, SHORT, LONG, LONGEST = 3000, 6000, 20000, 100000  # Steps
+TRIAL, SHORT, LONG, LONGER, LONGEST = 3000, 6000, 20000, 50000, 100000  # Steps
 RATES = [dict(lr=o) for o in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
 def lams(*values): return [dict(lr=1e-3, lam=o) for o in values]
 def norms(*values): return [dict(lr=1e-3, max_norm=o) for o in values]
@@ -72,7 +72,11 @@ def queue():
     for r in RELAXATIONS:
         for m in FIRST[r]: yield r, m, LONG, MORE, {}
         yield r, "none", LONG, MORE, bce
-    for m in ("fisher", "scalar", "clip"): yield "neural_sort", m, LONGEST, REPORTED, {}
+    for m in ("fisher", "clip"): yield "neural_sort", m, LONGEST, REPORTED, {}
+    yield "neural_sort", "scalar", LONGER, range(4), {}
+    yield "neural_sort", "none", LONGER, range(4), bce
+    yield "neural_sort", "scalar", LONGEST, REPORTED, {}
+    yield "neural_sort", "none", LONGEST, REPORTED, bce
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
