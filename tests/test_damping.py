@@ -275,3 +275,12 @@ def auto_by_number(loss, direction, lam, mu, G):
     "The same direction with λ as a number, and the length of an automatic one"
     fixed = type(direction)(lam.item(), **({"eigenvalues": "abs"} if isinstance(direction, Hessian) else {}))
     return lambda y, u, mask: bound(G)*(mu + lam)*OutputLoss(loss, fixed).directions(y, u, mask=mask)[1]
+
+
+@pytest.mark.parametrize("direction, given", [(Fisher, False), (Whiten, False), (DiagonalFisher, True), (Hessian, True)])
+def test_what_a_function_is_given(direction, given):
+    "Eigenvalues of a matrix that is formed; of a Fisher's rows none, whatever its power"
+    y, u = data()
+    seen = []
+    OutputLoss(bumpy, direction(lambda square, e: seen.append(e) or square)).directions(y, u)
+    assert all((e is not None) == given for e in seen) and seen

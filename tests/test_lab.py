@@ -83,5 +83,5 @@ def test_benchmarks_keep_what_is_there(tmp_path, capsys):
 
 def test_no_folder_of_a_machine_in_a_record(monkeypatch):
     "Of absolute paths in the command only the last part"
-    monkeypatch.setattr("sys.argv", ["/home/me/bin/nl_bench", "sorting", "--out", "/home/me/runs", "--n", "5"])
-    assert environment()["command"] == "nl_bench sorting --out runs --n 5"
+    monkeypatch.setattr("sys.argv", ["/home/me/bin/nl_bench", "sorting", "--out", "/home/me/runs", "--data-dir=/data/me/mnist", "--n", "5"])
+    assert environment()["command"] == "nl_bench sorting --out runs --data-dir=mnist --n 5"

@@ -392,8 +392,8 @@ def _recommend(p):
     taken = (f"on the outputs ten steps take {gains or 'just'} as much of the loss as "
              "gradient steps.")
     if newton >= _NEWTON: return NewtonLoss, dict(curvature="hessian") | kw, (
-        f"Newton's step is turned, and pays: {taken} The careful choice is whitening, "
-        "direction=Whiten() of OutputLoss.")
+        f"Newton's step is turned, and pays: {taken} The careful choice is "
+        "OutputLoss with direction=Whiten().")
     if whitened >= _WHITENED: return OutputLoss, dict(direction=Whiten()) | kw, (
         f"Whitening, the root of a Newton step, pays: {taken}")
     return plain(f": {taken}")

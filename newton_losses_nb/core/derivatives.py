@@ -129,7 +129,7 @@ def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
 def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
     y, length = y.detach(), lambda x: x.norm(dim=1)
-    far, type_of_y = y.square().mean().sqrt(), torch.finfo(y.dtype)
+    far, info = y.square().mean().sqrt(), torch.finfo(y.dtype)
     v = random_signs(len(y), y)*(far.where(far > 0, 1).clamp_max(1) + y.abs())
     def gradient(x):
         given = [a.to(x) if isinstance(a, Tensor) and a.is_floating_point() else a
@@ -146,7 +146,8 @@ def _check_second(loss_fn, y, args, G, products):
         seen = products(v[None])[0].to(once)
     size = length(seen).maximum(length(once))
     doubt = doubt.maximum(doubt.nanmedian()) + noise + size.amax()*1e-6
-    doubt = doubt + size*type_of_y.eps**.5 + length(v)*type_of_y.tiny*1e6   # tails, too
+    doubt = doubt + length(v)*info.tiny*1e6          # tails that y's type does not hold
+    doubt = doubt + size*info.eps**.5
     off = (seen - once).abs() > seen.abs().maximum(once.abs())/10 + 5*doubt[:, None]
     off = off.any(1) & once.any(1)                   # else an estimate
     if off.sum() > most*len(y): raise ValueError(

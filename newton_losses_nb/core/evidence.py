@@ -84,7 +84,6 @@ class Evidence(NamedTuple):
         return Evidence(*(None if x is None else w**powers.get(k, 1)*x
                           for k, x in zip(self._fields, self)))
 
-
 # %% ../../nbs/core/02_evidence.ipynb #a13a059c
 def nonzero(n):
     "Counts to divide by: 1 in the place of 0, since a sum over none is zero"

@@ -116,7 +116,6 @@ def _remember(self:OutputLoss, e, past):
     sums = sum(x.sum() for x in (e.square, e.total) if x is not None)
     if self.on_nonfinite == "skip" or math.isfinite(sums): self.direction.memory.keep(past)
 
-
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
 @patch
 def _observe(self:OutputLoss, y, mask, args):
@@ -144,8 +143,8 @@ def _observe(self:OutputLoss, y, mask, args):
 def _batch(self:OutputLoss, y, mask, args):
     "Losses and derivatives of some samples, and the sums of the direction over them"
     lead, guard = y.shape[:-1], self.on_nonfinite != "raise"
-    given = self.shared and self.on_nonfinite != "skip"   # evidence, not who takes part
-    second = None if given else self.direction.second
+    summed = self.shared and self.on_nonfinite != "skip"  # that asks who takes part
+    second = None if summed else self.direction.second
     y, mask, *args = _flat(y, mask, args)
     if guard:
         fine = y.isfinite() if mask is None else y.isfinite() | ~mask
@@ -409,7 +408,6 @@ def _check_shared(e, y, what):
     if square is not None and square.shape != shape: raise ValueError(
         f"y: expected the leading dimensions and outputs of {what}, "
         f"{tuple(square.shape)}, got {shape}")
-
 
 # %% ../../nbs/core/05_newton.ipynb #a3afcb89
 class NewtonLoss(OutputLoss):

@@ -65,7 +65,8 @@ def damping(
         typical = None if eigenvalues is None else power_mean
         return auto_damping(e, trace/m, even, total, typical, power, least, lift)
     square = e.mean_square
-    found = lam(square, eigenvalues) if callable(lam) else lam
+    known = eigenvalues if e.rows is None else None      # not those of a Fisher's rows
+    found = lam(square, known) if callable(lam) else lam
     if not isinstance(found, Tensor):
         return torch.full_like(square, number("lam", found)), 1.
     if found.ndim and found.shape != square.shape: raise ValueError(

@@ -6,7 +6,8 @@
 __all__ = ['run_key', 'environment', 'append_run', 'read_runs', 'open_results', 'stored_results', 'own_results', 'nl_colab']
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
-import contextlib, functools, hashlib, json, os, platform, shutil, subprocess, sys
+import contextlib, functools, hashlib, json, os, platform, re, shutil
+import subprocess, sys
 import warnings
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def environment(
     versions = {'torch': torch.__version__, 'python': platform.python_version(),
                 'newton_losses_nb': newton_losses_nb.__version__}
     if cuda: versions['cuda'] = torch.version.cuda
-    command = [o if i and not o.startswith('/') else Path(o).name  # no one's folders
-               for i, o in enumerate(sys.argv)]
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    command = [re.sub('(^|=)/.*/', r'\1', o) for o in words] # without folders
     return dict(device_name=name, versions=versions, git_commit=_git_commit(),
                 command=' '.join(command))
 
