@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .derivatives import check_outputs, derivatives, widened
 from .evidence import Batch
-from .directions import Direction, Fisher, Hessian, Whiten
+from .directions import Direction, Fisher, Whiten
 from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
 
@@ -298,12 +298,9 @@ def _ask_size(p):
     return _ok(text, rms)
 
 # %% ../../nbs/core/07_check.ipynb #6c53f157
-_FEW = 32 # Outputs; a Hessian of more takes too long here
-
-def _by_part(direction, G, rows, H=None):
+def _by_part(direction, G, rows):
     "Directions of all gradients by the curvature of some"
-    part = Batch(None, G[rows], None if H is None else H[rows])
-    return direction(direction.observe(part), G)
+    return direction(direction.observe(Batch(None, G[rows], None)), G)
 
 def _halves(G):
     "Eight random halves of the rows, whatever their order"
@@ -322,11 +319,9 @@ def _turn(G):
 def _taken(p, direction, rows, others):
     "Most that ten steps take off the loss of `rows`, by the curvature of `others`"
     def value(y): return p.values(y)[rows].mean().nan_to_num(torch.inf, torch.inf)
-    exact = partial(derivatives, p.loss_fn, second=direction.second, check=False)
     def along(y):
-        _, G, H = p.call(exact, y)
-        G = G.where(p.good[:, None], 0).nan_to_num().double()
-        return _by_part(direction, G, others, H if H is None else H.double()).to(y)
+        G = p.gradient(y).where(p.good[:, None], 0).nan_to_num().double()
+        return _by_part(direction, G, others).to(y)
     D = along(p.y)
     unit = float(((_rms(p.y) or 1.)/D[rows].square().mean().sqrt()).log10())
     tried = (unit + k/3 for k in range(-15, 4))
@@ -337,35 +332,36 @@ def _taken(p, direction, rows, others):
         least = least.minimum(value(y))
     return float(p.values(p.y)[rows].mean() - least)
 
-def _gains(p):
-    "Loss that steps along a direction take, over what steps along the gradient take"
-    where, tried = p.good.nonzero()[:, 0], [Direction(), Whiten()]
-    right = p.found["second derivative"].value == "right" and p.y.shape[1] <= _FEW
-    if right and p.found["float32"].verdict == "ok": tried.append(Hessian())
+def _gain(p):
+    "Loss that whitened steps take, over what steps along the gradient take"
+    where = p.good.nonzero()[:, 0]
     a, b = (where[half] for half in _halves(p.G[where])[0])
-    plain, *taken = [_taken(p, d, a, b) + _taken(p, d, b, a) for d in tried]
-    gains = [max(0., o/plain) if plain > 0 else 1. for o in taken]
-    return gains + [1.]*(2 - len(gains))
+    plain, whitened = (_taken(p, d, a, b) + _taken(p, d, b, a)
+                       for d in (Direction(), Whiten()))
+    return max(0., whitened/plain) if plain > 0 else 1.
 
 def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
-    gains = _gains(p) if turn < _SAME else [1., 1.]
+    gain = _gain(p) if turn < _SAME else 1.
     return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
-               "the batch", (turn, halves, *gains))
+               "the batch", (turn, halves, gain))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
-_NEWTON, _WHITENED = 4/3, 1.01 # What must be gained
 _SAME = 0.99 # Cosine at which a direction is nearly the gradient
+_GAIN = 1.01 # What whitening must take
+_FEW = 32    # Outputs; a Hessian of more costs too much
 
 def _recommend(p):
-    "A class, its options, and why"
+    "A class and its options; others to train beside it; and why"
     found, single = {q: f.value for q, f in p.found.items()}, p.found["float32"].verdict
     samples, kw = found["independent samples"], {}
     if samples in ("leak", "nonlinear"): kw["check"] = False
     if found["finite"] == "non-finite": kw["on_nonfinite"] = "skip"
-    def plain(why): return OutputLoss, kw, "Plain training, the mean of the loss" + why
+    beside = [(NormalizedLoss, kw)]
+    def plain(why):
+        return OutputLoss, kw, beside, "Plain training, the mean of the loss" + why
     if samples == "leak": return plain(
         ", until samples are independent: average outside the loss, or let a sample be "
         "the group that belongs together.")
@@ -375,28 +371,25 @@ def _recommend(p):
         rows = _norm(p.G[p.good]).square()
         why = "Compute the loss stably (in logarithms, say). Until then, gradients "
         if rows.amax() <= rows.sum()/2:
-            return NormalizedLoss, kw, why + "divided by their size."
-        return ClippedLoss, dict(max_norm=float(f"{p.typical:.2g}")) | kw, (
+            return NormalizedLoss, kw, [], why + "divided by their size."
+        return ClippedLoss, dict(max_norm=float(f"{p.typical:.2g}")) | kw, beside, (
             why + "clipped at their typical length, so that one sample does not rule.")
     if found["first derivative"] == "wrong": return plain(
         ". Mend the gradient first; no direction helps a wrong one.")
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
-    turn, _, whitened, newton = found["Newton direction"]
+    turn, _, gain = found["Newton direction"]
     if p.y.shape[1] == 1: return plain(
         ": with one output a Newton step is a rescaling.")
     if turn >= _SAME: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
-    tried = {"with the Hessian": newton, "whitened": whitened}
-    gains = " and ".join(f"{v:.2f} times ({k})" for k, v in tried.items() if v != 1)
-    taken = (f"on the outputs ten steps take {gains or 'just'} as much of the loss as "
-             "gradient steps.")
-    if newton >= _NEWTON: return NewtonLoss, dict(curvature="hessian") | kw, (
-        f"Newton's step is turned, and pays: {taken} The careful choice is "
-        "OutputLoss with direction=Whiten().")
-    if whitened >= _WHITENED: return OutputLoss, dict(direction=Whiten()) | kw, (
+    if found["second derivative"] == "right" and single == "ok":
+        if p.y.shape[1] <= _FEW: beside += [(NewtonLoss, dict(curvature="hessian") | kw)]
+    taken = (f"on the outputs ten whitened steps take {gain:.2f} times as much of the "
+             "loss as gradient steps.")
+    if gain < _GAIN: return plain(f": {taken}")
+    return OutputLoss, dict(direction=Whiten()) | kw, beside, (
         f"Whitening, the root of a Newton step, pays: {taken}")
-    return plain(f": {taken}")
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)
@@ -408,6 +401,7 @@ class LossReport:
     fatal:str|None   # Why no loss can be made of it
     make:type        # The recommended loss: `make(loss_fn, **options)`
     options:dict     # Its options
+    beside:list      # Other losses and their options, to be trained beside it
     why:str          # The reason, in a sentence
 
     def __getitem__(self, question): return self.findings[question]
@@ -446,10 +440,9 @@ class LossReport:
                       for q, f in bad.items()]
         line = "nothing, before this is mended" if self.fatal else self.line
         lines.append(f"4. Recommended:            {line}")
-        if not self.fatal and self.make is not NormalizedLoss:
-            same = [k for k in ("check", "on_nonfinite") if k in self.options]
-            control = self._call(NormalizedLoss, {k: self.options[k] for k in same})
-            lines.append(f"   Train beside it:        {control}")
+        titles = "   Train beside it:", "   And, bolder:"
+        lines += [f"{title:26} {self._call(*other)}"
+                  for title, other in zip(titles, self.beside)]
         why = textwrap.indent(textwrap.fill(self.why, 85), "   ")
         return "\n".join(lines + [why]*bool(why))
 
@@ -478,7 +471,7 @@ def _judge(p):
         except Exception as e:                       # fatal where there is no gradient
             found = (_problem if hasattr(p, "good") else _fatal)(_said(e), "error")
         p.found[question] = found
-        if found.verdict == "fatal": return p.found, found.words, OutputLoss, {}, ""
+        if found.verdict == "fatal": return p.found, found.words, OutputLoss, {}, [], ""
     return p.found, None, *_recommend(p)
 
 def check_loss(
