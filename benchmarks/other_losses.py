@@ -151,13 +151,17 @@ def waves(x, m):
     h = (x @ (1.5*torch.randn(4, 2*m, generator=seeded(3)))).sin()
     return h[:, :m] + .5*h[:, m:]*h[:, :m]
 
-def fresh(name, shape, m, spread, lr, in_units=True, noise=0., mix=None):
-    "`shape` of the residual in units that are mixed; are the targets of those sizes, too?"
+def fresh(name, shape, m, spread, lr, in_units=True, noise=0., mix=None, white=False):
+    """`shape` of the residual in units that are mixed; are the targets of those sizes, too? Noise is
+    like them, or `white` in the loss's units and in the training data only."""
     if mix is None: mix = turn(m, 11)*torch.logspace(0, math.log10(spread), m)
     def draw(n, g, test):
         x = 2*torch.rand(n, 4, generator=g) - 1
-        u = waves(x, m) + noise*torch.randn(n, m, generator=g)
-        return x, (u @ torch.linalg.inv(mix) if in_units else u,)
+        u, inverse = waves(x, m), torch.linalg.inv(mix)
+        v = noise*torch.randn(n, m, generator=g)
+        if not white: u, v = u + v, 0.*v
+        if in_units: u = u @ inverse
+        return x, (u if test else u + v @ inverse,)
     def loss(y, t): return shape((y - t) @ mix.to(y))
     PROBLEMS[f"fresh: {name}"] = Problem(loss, (4, 64, 64, m), lr, draw)
 
@@ -175,13 +179,15 @@ fresh("16 units", square, 16, 1e2, .003)
 fresh("2 units, log-cosh, targets alike", log_cosh, 2, 10., .03, in_units=False)
 
 # Quadratic losses, made when `check_loss` was found to advise the Hessian where it did harm: does
-# it depend on the targets, of the sizes of the loss's units or all alike?
+# that depend on the targets' sizes, those of the loss's units or all alike, or on their noise?
 MIXES = {"12 units": (turn(12, 21)*torch.logspace(0, 2, 12), .01),
          "sums": (torch.ones(10, 10).triu(), .01),
          "differences": (1.03*torch.eye(12) - torch.eye(12).roll(1, 1), .03)}
 for name, (mix, lr) in MIXES.items():
     fresh(name, square, len(mix), None, lr, noise=.3, mix=mix)
     fresh(f"{name}, targets alike", square, len(mix), None, .03, False, .3, mix)
+    fresh(f"{name}, much noise", square, len(mix), None, lr, True, 3., mix, True)
+    fresh(f"{name}, targets alike, much noise", square, len(mix), None, .03, False, 3., mix, True)
 
 # ---------------------------------------------------------------- training
 
