@@ -237,10 +237,14 @@ def main():
         p.add_argument("--" + k, default=default)
     a = vars(p.parse_args())
     out = Path(a.pop("out") or f"runs/ablation_{a['name']}")
-    digits, tuning_out = load_digits(a.pop("data"), a.pop("data_dir")), a.pop("tuning_out")
-    runs = run_ablation(a.pop("name"), out, tuning_out or out/"tuning", digits,
-                        range(a.pop("seeds")), **a)
-    table = summary([r | {"config": r["config"] | {"lr": None}} for r in runs])  # the rate was chosen
+    tuning_out = a.pop("tuning_out") or out/"tuning"
+    try: torch.empty(0, device=a["device"])
+    except (AssertionError, RuntimeError) as e: p.error(f"--device: {e}")
+    try:
+        digits = load_digits(a.pop("data"), a.pop("data_dir"))
+        runs = run_ablation(a.pop("name"), out, tuning_out, digits, range(a.pop("seeds")), **a)
+        table = summary([r | {"config": r["config"] | {"lr": None}} for r in runs])  # the rate was chosen
+    except (OSError, ValueError) as e: p.error(str(e))
     print(f"{to_markdown(table)}\n\n{conclusion(table)}")
 
 if __name__ == "__main__": main()

@@ -341,11 +341,12 @@ def _parameters(f):
         parts += [f.__globals__.get(k) for k in f.__code__.co_names]
     yield from _tensors(parts)
 
-def _tensors(x):
-    if isinstance(x, Tensor): yield x
-    elif isinstance(x, nn.Module): yield from x.parameters()
-    elif isinstance(x, (list, tuple, dict)):
-        for o in x.values() if isinstance(x, dict) else x: yield from _tensors(o)
+def _tensors(parts):
+    for x in parts:
+        if isinstance(x, Tensor): yield x
+        elif isinstance(x, nn.Module): yield from x.parameters()
+        elif isinstance(x, (list, tuple, dict)) and x:
+            yield from _tensors(x.values() if isinstance(x, dict) else x)
 
 @patch
 def _check_gradients(self:OutputLoss, args):

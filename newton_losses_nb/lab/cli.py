@@ -228,11 +228,13 @@ def _engine(options, device):
 # %% ../../nbs/lab/13_cli.ipynb #3db15220
 def _preview(tasks, out):
     "Say what would run, and what of it is finished"
-    try: done = {r["key"] for r in read_runs(out)}
-    except FileNotFoundError: done = () # nothing, or half a line only
+    try: done = {r["key"]: r["status"] for r in read_runs(out)}
+    except FileNotFoundError: done = {} # nothing, or half a line only
     left = [t for t in tasks if t.key not in done]
-    finished, steps = len(tasks) - len(left), sum(t.config["steps"] for t in left)
-    print(f"{len(tasks)} runs on {tasks[0].source}: {finished} finished in {out}, "
+    failed = sum(done.get(t.key) == "failed" for t in tasks)
+    steps = sum(t.config["steps"] for t in left)
+    print(f"{len(tasks)} runs on {tasks[0].source}: {len(tasks) - len(left)} finished"
+          f"{f' ({failed} of them failed)' if failed else ''} in {out}, "
           f"{len(left)} to run, {steps:,} steps")
     for title, n in Counter(run_title(t.config) for t in left).items():
         print(f"  {n:4}  {title}")
