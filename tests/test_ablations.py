@@ -172,3 +172,10 @@ def test_an_ablation_runs_and_resumes(name, tmp_path):
 def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
     c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **STEEP)
     assert fit([AblationTask(c, digits)])[0].error is None
+
+@pytest.mark.parametrize("given, text", [("--n 1", "n: expected a whole number"), ("--data-dir nowhere", "expected a data directory"), ("--seeds 0", "runs: got none"), ("--device there", "--device: "), ("--network x", "network: expected one of")])
+def test_mistakes_are_a_sentence(given, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "noise", *given.split(), "--out", str(tmp_path), "--steps", "2", "--eval-sets", "10"])
+    monkeypatch.setattr(ablations, "ABLATIONS", {"noise": lambda n, steps, lr: [Arm({})]})
+    with pytest.raises(SystemExit) as e: ablations.main()
+    assert e.value.code == 2 and text in capsys.readouterr().err

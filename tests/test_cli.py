@@ -102,6 +102,16 @@ def test_files_that_hold_no_runs(tmp_path, capsys):
         assert cli.nl_report([str(tmp_path)]) == 2 and says in capsys.readouterr().err
     assert cli.nl_report([str(ROOT/"nbs"/"results"/"check_cpu")]) == 2 and "got runs without any" in capsys.readouterr().err
 
+def test_a_dry_run_counts_failed_runs(tmp_path, capsys):
+    out = tmp_path/"runs"
+    assert cli.nl_bench([*TINY, "--out", str(out)]) == 0
+    file = next(out.glob("*.jsonl"))
+    first, *others = map(json.loads, file.read_text().splitlines())
+    file.write_text("".join(json.dumps(r) + "\n" for r in (first | dict(status="failed", error="killed", result=None), *others)))
+    capsys.readouterr()
+    assert cli.nl_bench([*TINY, "--out", str(out), "--dry-run"]) == 0
+    assert f"{1 + len(others)} finished (1 of them failed) in {out}, 0 to run" in capsys.readouterr().out
+
 def test_a_dry_run_after_a_kill(tmp_path, capsys):
     "A file that is still empty has no runs; a rule of stored records is refused before anything runs"
     (tmp_path/"sorting.jsonl").touch()
