@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .derivatives import check_outputs, derivatives, widened
 from .evidence import Batch
-from .directions import Direction, Fisher, Whiten
+from .directions import Fisher, Whiten
 from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
 
@@ -281,6 +281,22 @@ def _ask_single(p):
     most = max(off.values())
     return (_ok if most < 1e-2 else _note)(text, most)
 
+def _ask_far(p):
+    if p.y.dtype != torch.double or p.found["repeatable"].value != "ok":
+        return _unknown("")
+    centre = p.narrow.y.mean(0)
+    apart = p.narrow.y - centre
+    for k in (k/(_rms(apart) or 1.) for k in (1., 10.)):
+        y = centre + max(k, 1.)*apart
+        G, exact = p.narrow.gradient(y).double(), p.gradient(y.double())
+        fine = p.good & G.isfinite().all(1) & exact.isfinite().all(1)
+        most = exact[fine].abs().amax() if fine.any() else 0
+        off = float((G - exact)[fine].abs().amax()/most) if most else 0.
+        if off > 1e-3: return _note(
+            f"where outputs are {k:.2g} times as far apart the gradient is within "
+            f"{off:.0e} of float64 only: compute the loss stably (in logarithms, say)",
+            off)
+
 def _ask_size(p):
     G, loss = p.G[p.good], p.values(p.y)[p.good]
     rows, rms, p.exploding = _norm(G), _rms(G), False
@@ -316,42 +332,16 @@ def _turn(G):
     halves = [cosine(by(a), by(b)) for a, b in _halves(G)]
     return float(cosine(by(slice(None)), G)), float(sum(halves)/len(halves))
 
-def _taken(p, direction, rows, others):
-    "Most that ten steps take off the loss of `rows`, by the curvature of `others`"
-    def value(y): return p.values(y)[rows].mean().nan_to_num(torch.inf, torch.inf)
-    def along(y):
-        G = p.gradient(y).where(p.good[:, None], 0).nan_to_num().double()
-        return _by_part(direction, G, others).to(y)
-    D = along(p.y)
-    unit = float(((_rms(p.y) or 1.)/D[rows].square().mean().sqrt()).log10())
-    tried = (unit + k/3 for k in range(-15, 4))
-    least, near = min((value(p.y - 10.**o*D), o) for o in tried)
-    for length in (near, near - 1/3, near - 2/3):
-        y = p.y
-        for _ in range(10): y = y - 10.**length*along(y)
-        least = least.minimum(value(y))
-    return float(p.values(p.y)[rows].mean() - least)
-
-def _gain(p):
-    "Loss that whitened steps take, over what steps along the gradient take"
-    where = p.good.nonzero()[:, 0]
-    a, b = (where[half] for half in _halves(p.G[where])[0])
-    plain, whitened = (_taken(p, d, a, b) + _taken(p, d, b, a)
-                       for d in (Direction(), Whiten()))
-    return max(0., whitened/plain) if plain > 0 else 1.
-
 def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
-    gain = _gain(p) if turn < _SAME else 1.
     return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
-               "the batch", (turn, halves, gain))
+               "the batch", (turn, halves))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 _SAME = 0.99 # Cosine at which a direction is nearly the gradient
-_GAIN = 1.01 # What whitening must take
-_FEW = 32    # Outputs; a Hessian of more costs too much
+_FEW = 32 # Outputs; a Hessian of more costs too much
 
 def _recommend(p):
     "A class and its options; others to train beside it; and why"
@@ -378,18 +368,15 @@ def _recommend(p):
         ". Mend the gradient first; no direction helps a wrong one.")
     if found["Newton direction"] is None:
         return plain(": this batch is too small to tell.")
-    turn, _, gain = found["Newton direction"]
     if p.y.shape[1] == 1: return plain(
         ": with one output a Newton step is a rescaling.")
-    if turn >= _SAME: return plain(
+    if found["Newton direction"][0] >= _SAME: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
     if found["second derivative"] == "right" and single == "ok":
         if p.y.shape[1] <= _FEW: beside += [(NewtonLoss, dict(curvature="hessian") | kw)]
-    taken = (f"on the outputs ten whitened steps take {gain:.2f} times as much of the "
-             "loss as gradient steps.")
-    if gain < _GAIN: return plain(f": {taken}")
     return OutputLoss, dict(direction=Whiten()) | kw, beside, (
-        f"Whitening, the root of a Newton step, pays: {taken}")
+        "The Newton direction is another one than the gradient's. Whitening, the root "
+        "of a Newton step, is the careful way to use it.")
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)
@@ -460,6 +447,7 @@ QUESTIONS = { # What `check_loss` asks, in order
     "first derivative": (_RIGHT, _ask_first),
     "second derivative": (_RIGHT, _ask_second),
     "float32": (_RIGHT, _ask_single),
+    "float32, further out": (_RIGHT, _ask_far),
     "gradient size": (_TURN, _ask_size),
     "Newton direction": (_TURN, _ask_direction)}
 
