@@ -463,3 +463,30 @@ def test_a_loss_that_fails_further_out(relaxation, loss, found):
 def test_far_outputs_that_overflow_are_no_fault():
     y, t = batch(20)
     assert check_loss(lambda y, t: ((100*y).exp()/100 - t*y).sum(1), y/100, t)["float32, further out"].verdict == "ok"
+
+def test_modules_are_as_before():
+    "Buffers that are replaced, or made when first used, and counters"
+    class Running(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("scale", torch.ones(3)); self.register_buffer("later", None)
+        def forward(self, y, t):
+            self.calls, self.scale, self.later = self.calls + 1, .9*self.scale + .1*y.detach().abs().mean(0), y.detach()
+            self.new = 1
+            return ((y - t)**2/self.scale).sum(1)
+    f, (y, t) = Running(), batch(20)
+    scale = f.scale
+    check_loss(f, y, t)
+    assert f.scale is scale and torch.equal(scale, torch.ones(3)) and f.scale.dtype == torch.float32 and f.calls == 0 and f.later is None and not hasattr(f, "new")
+
+def test_noise_that_cannot_be_fixed_is_not_judged():
+    ticks = iter(range(10**6))
+    y, t = batch(20)
+    report = check_loss(lambda y, t: square(y, t)*(1 + next(ticks) % 7), y, t)
+    assert report["repeatable"].value == "random" and report["independent samples"].value == report["first derivative"].value == "unknown"
+    assert "average outside" not in report.why and "check=False" not in report.line
+
+def test_outside_of_its_domain_a_loss_may_raise():
+    y, t = torch.rand(32, 5)*.9 + .05, (torch.rand(32, 5) < .5).float()
+    assert check_loss(lambda y, t: F.binary_cross_entropy(y, t, reduction="none").sum(-1), y, t).ok

@@ -2,6 +2,7 @@
 import copy
 import functools
 from functools import cache
+from types import SimpleNamespace
 
 import mpmath as mp
 import pytest
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Krylov, MovingAverage,
     NewtonLoss, Noise, Normalize, OutputLoss, PerSample, Remembering, SmoothedAlgorithmLoss, SmoothedLoss,
-    SortingLoss, Whiten, Window, check_loss, inject_fisher, newton_direction, soft_sort, true_permutation)
+    SortingLoss, Whiten, Window, check_loss, inject_fisher, newton_direction, soft_sort, true_permutation, ClippedLoss, ScalarStepLoss)
 from newton_losses_nb.core.adapters import per_sample
 
 SECOND = {"hessian": lambda lam: Hessian(lam), "diagonal": lambda lam: DiagonalHessian(lam),
@@ -838,3 +839,78 @@ def test_each_sample_is_a_batch_of_its_own(mode):
     D = OutputLoss(f, PerSample(Hessian(0.)), on_nonfinite=mode).directions(torch.zeros(4, 3), G, H)[1]
     assert_close(D[[0, 2, 3]], G[[0, 2, 3]])
     assert_close(D[1], G[1]*(mode == "gradient"))
+
+@pytest.mark.parametrize("curvature", ["fisher", "hessian"])
+def test_what_is_shared_is_cut_as_in_the_whole_batch(curvature):
+    "Leading dimensions of 1, chunks of as many samples as outputs: a shared row stays one; where it could be either, it is refused"
+    f = lambda y, t, s: ((y - t)**2*s[0]).sum(-1)
+    y, t, s = torch.randn(1, 6, 2).double().requires_grad_(), torch.randn(1, 6, 2).double(), torch.tensor([[1., 100.]]).double()
+    whole, parts = (NewtonLoss(f, curvature, 1., chunk_size=c)(y, t, s) for c in (None, 2))
+    assert_close(whole, f(y[0], t[0], s).mean()[None]); assert_close(parts, whole)
+    assert_close(*(torch.autograd.grad(v.sum(), y)[0] for v in (whole, parts)))
+    for mask in (None, torch.ones(1, 2, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"args\[1\]: expected what is either of the samples or shared"): NewtonLoss(f, curvature, 1.)(y[:, :2], t[:, :2], s, mask=mask)
+    labels = torch.tensor([[0, 1]])                  # integers are of the samples
+    ce = lambda y, k: torch.nn.functional.cross_entropy(y, k, reduction="none")
+    assert NewtonLoss(ce, curvature)(y[:, :2], labels).isfinite().all()
+
+def critic_loss(critic, y, t): return ((critic(y) - t)**2).sum(-1)
+GLOBAL = torch.nn.Linear(3, 3)
+def inner(y, t): return critic_loss(GLOBAL, y, t)
+class Holder:
+    def __init__(self): self.inner = SimpleNamespace(critic=torch.nn.Linear(3, 3))
+    def __call__(self, y, t): return critic_loss(self.inner.critic, y, t)
+
+@pytest.mark.parametrize("kind", ["partial", "keyword", "globals of a global", "object in an object", "method"])
+def test_parameters_frozen_at_first_learn_later(kind):
+    "GAN-like training: the loss's own parameters are frozen at the first call"
+    critic, holder = torch.nn.Linear(3, 3), Holder()
+    f = {"partial": functools.partial(critic_loss, critic), "keyword": functools.partial(lambda y, t, critic: critic_loss(critic, y, t), critic=critic),
+         "globals of a global": lambda y, t: inner(y, t), "object in an object": holder, "method": holder.__call__}[kind]
+    critic = {"globals of a global": GLOBAL, "object in an object": holder.inner.critic, "method": holder.inner.critic}.get(kind, critic)
+    y, t, loss = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3), NewtonLoss(f)
+    critic.requires_grad_(False); loss(y, t).backward()
+    critic.requires_grad_(True).zero_grad(); loss(y, t).backward()
+    want = torch.autograd.grad(f(y.detach(), t).mean(), critic.weight)[0]
+    assert_close(critic.weight.grad, want); critic.requires_grad_(False)
+
+@pytest.mark.parametrize("guard", ["skip", "gradient"])
+def test_skipping_cuts_no_shared_argument(guard):
+    "A bad sample of a loss with parameters, and a shared matrix with as many rows as there are samples"
+    class Learn(torch.nn.Module):
+        def __init__(self): super().__init__(); self.tau = torch.nn.Parameter(torch.tensor(1.).double())
+        def forward(self, y, k, A): return ((y*self.tau).softmax(-1)*A[k]).sum(-1)
+    A, k, y, f = torch.rand(4, 4).double(), torch.tensor([0, 0, 1, 1]), torch.randn(4, 4).double(), Learn()
+    y[0] = torch.nan
+    NewtonLoss(f, on_nonfinite=guard)(y.clone().requires_grad_(), k, A).backward()
+    assert_close(f.tau.grad, torch.autograd.grad(f(y[1:], k[1:], A).mean(), f.tau)[0])
+
+@pytest.mark.parametrize("what, change", [("loss", lambda l, G, H: (l[:, None], G, H)), ("gradient", lambda l, G, H: (l, G[:1], H)),
+                                          ("Hessian", lambda l, G, H: (l, G, H[:1])), ("Hessian", lambda l, G, H: (l, G, H[0])), ("Hessian", lambda l, G, H: (l, G, None))])
+def test_own_derivatives_have_the_shape_of_all_samples(what, change):
+    class Own:
+        def __call__(self, y): return (y**2).sum(-1)
+        def derivatives(self, y, hessian=True): return change(self(y), 2*y, 2*torch.eye(3).expand(len(y), -1, -1))
+    with pytest.raises(ValueError, match=f"derivatives of loss_fn: expected a {what} of shape"): NewtonLoss(Own(), "hessian", .1)(torch.randn(5, 3, requires_grad=True))
+    if what == "Hessian": NewtonLoss(Own())(torch.randn(5, 3, requires_grad=True)).backward()
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, ZeroDivisionError, TypeError])
+def test_a_loss_that_refuses_float64_can_have_a_hessian(error):
+    def only32(y):
+        if y.dtype != torch.float32: raise error
+        return (y**4).sum(-1)
+    y = torch.randn(8, 3, requires_grad=True)
+    NewtonLoss(only32, "hessian", .1)(y).backward()
+    H = torch.diag((12*y.detach()**2).mean(0)) + .1*torch.eye(3)
+    assert_close(8*y.grad, torch.linalg.solve(H, 4*y.detach()**3, left=False), rtol=1e-4, atol=1e-4)
+
+def test_options_are_those_of_the_direction():
+    "What is printed is what is used; a setting that would have no effect is refused"
+    square = lambda y: (y**2).sum(-1)
+    for loss, name, was in (NewtonLoss(square, lam=.3), "lam", .3), (NewtonLoss(square, "hessian", eigenvalues="abs"), "eigenvalues", "abs"), (ClippedLoss(square, 2.), "max_norm", 2.), (ScalarStepLoss(square, 3.), "lam", 3.):
+        assert getattr(loss, name) == was
+        with pytest.raises(AttributeError): setattr(loss, name, 5.)
+        new = "clip" if name == "eigenvalues" else 7.
+        setattr(loss.direction, name, new)
+        assert getattr(loss, name) == new and repr(new) in repr(loss)
+    assert repr(NewtonLoss(square, Fisher(.5))) == "NewtonLoss(<lambda>, curvature=Fisher(lam=0.5))"

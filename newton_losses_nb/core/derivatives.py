@@ -141,7 +141,7 @@ def _check_second(loss_fn, y, args, G, products):
         return once, length(twice - once), 1e2*h**2*length(G)
     with unseen():
         try: most, (once, doubt, noise) = .01, changes(y.double())
-        except (RuntimeError, TypeError):            # large steps, across many kinks
+        except Exception:                            # large steps, across many kinks
             most, (once, doubt, noise) = .5, changes(y)
         seen = products(v[None])[0].to(once)
     size = length(seen).maximum(length(once))
@@ -159,6 +159,13 @@ def _check_second(loss_fn, y, args, G, products):
 def _own(loss_fn, y, args, second):
     "What a loss says of itself; it gives Hessians or none"
     loss, G, H = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
+    whole = *y.shape, y.shape[1]
+    for name, x, shape in ("loss", loss, y.shape[:1]), ("gradient", G, y.shape), (
+            "Hessian", H, whole):
+        if (second or name != "Hessian") and getattr(x, "shape", None) != shape:
+            raise ValueError(
+                f"derivatives of loss_fn: expected a {name} of shape {tuple(shape)}, "
+                f"one for each sample, got {[*x.shape] if isinstance(x, Tensor) else x}")
     H = second and H.detach()
     if second == "diagonal": H = H.diagonal(dim1=-2, dim2=-1)
     products = lambda V: (V.to(H.dtype).unsqueeze(-2) @ H)[..., 0, :]

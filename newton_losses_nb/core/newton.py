@@ -11,8 +11,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import zip_longest
-from types import FunctionType
+from itertools import islice, zip_longest
+from types import FunctionType, MethodType, ModuleType
 from typing import SupportsFloat
 
 import torch
@@ -131,21 +131,21 @@ def _observe(self:OutputLoss, y, mask, args):
     def piece(i, n=size):
         cut = lambda a: None if a is None else a.narrow(len(lead), i, min(n, N - i))
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
-    if size >= N: return self._batch(y, mask, args)
+    if size >= N: return self._batch(y, mask, args, own)
     if size == 1 and not self.checked:
-        with unseen(): self._batch(*piece(0, 2))     # a check is of two samples
-    parts, seen = zip(*(self._batch(*piece(i)) for i in range(0, N, size)))
+        with unseen(): self._batch(*piece(0, 2), own)     # a check is of two samples
+    parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
 
 # %% ../../nbs/core/05_newton.ipynb #4ef0283f
 @patch
-def _batch(self:OutputLoss, y, mask, args):
+def _batch(self:OutputLoss, y, mask, args, own):
     "Losses and derivatives of some samples, and the sums of the direction over them"
     lead, guard = y.shape[:-1], self.on_nonfinite != "raise"
     summed = self.shared and self.on_nonfinite != "skip"  # that asks who takes part
     second = None if summed else self.direction.second
-    y, mask, *args = _flat(y, mask, args)
+    y, mask, *args = _flat(y, mask, args, own)
     if guard:
         fine = y.isfinite() if mask is None else y.isfinite() | ~mask
         fine = fine.all(-1, keepdim=True)
@@ -170,13 +170,13 @@ def _batch(self:OutputLoss, y, mask, args):
     return b._replace(H=None), None if self.shared else self.direction.observe(b)
 
 # %% ../../nbs/core/05_newton.ipynb #311a80c4
-def _flat(y, mask, args):
+def _flat(y, mask, args, own=None):
     "Tensors with leading dimensions joined, in at least single precision"
     if mask is None and not y.numel(): mask = y.bool()   # no loss without samples
     k, given = y.ndim - 1, [y, mask, *args]
     for i, a in enumerate(given):
         if not isinstance(a, Tensor): continue
-        if k > 1 and a.shape[:k] == y.shape[:k]: a = a.flatten(0, k - 1)
+        if k > 1 and (i < 2 or own[i - 2]): a = a.flatten(0, k - 1)
         given[i] = a.float() if a.dtype in (torch.half, torch.bfloat16) else a
     return given
 
@@ -274,6 +274,12 @@ def _of_samples(self:OutputLoss, y, mask, args):
     *lead, m = y.shape
     hint = f"; y.squeeze(-1) has {lead[-1]} outputs a sample"*(m == 1)
     own = of_samples(args, lead, hint)
+    if y.ndim > 2 and lead == [*[1]*(y.ndim - 2), m]:
+        for i, a in enumerate(args):
+            if own[i] and [*a.shape] == lead and a.is_floating_point(): raise ValueError(
+                f"args[{i}]: expected what is either of the samples or shared by them, "
+                f"got shape {lead} with as many samples as outputs; leave the leading "
+                "dimensions of 1 away, or bind what is shared by functools.partial")
     if y.ndim > 2 or self.checked or len(y) < 2 or not args: return own
     N, half = len(y), len(y)//2
     def changes(mask):
@@ -305,9 +311,8 @@ def _of_samples(self:OutputLoss, y, mask, args):
 def _plain(self:OutputLoss, y, mask, args, n=None):
     "The mean of the losses themselves, over `n` samples if that is given"
     self._check_call(y, mask, args)
-    self._of_samples(y, mask, args)
-    lead = y.shape[:-1]
-    y, mask, *args = _flat(y.detach(), mask, args)
+    own, lead = self._of_samples(y, mask, args), y.shape[:-1]
+    y, mask, *args = _flat(y.detach(), mask, args, own)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
     with torch.autocast(y.device.type, enabled=False):
         loss = sample_losses(self.loss_fn, y, *args, mask=mask)
@@ -317,7 +322,10 @@ def _plain(self:OutputLoss, y, mask, args, n=None):
             fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
             real = real & fine.unsqueeze(-1)
             if loss.requires_grad:                   # NaN may not reach its parameters
-                loss = sample_losses(self.loss_fn, y.where(real, 0), *args, mask=real)
+                y = y.where(real, 0)
+                loss = sample_losses(self.loss_fn, y, *args, mask=mask)
+                if not loss.isfinite().all():        # so it comes from an argument
+                    loss = sample_losses(self.loss_fn, y, *args, mask=real)
     return _mean(Batch(loss.unflatten(0, lead), y, None, real.unflatten(0, lead)), n)
 
 # %% ../../nbs/core/05_newton.ipynb #71e1dcb6
@@ -331,22 +339,30 @@ def _learns(self:OutputLoss, y, mask, args):
         with unseen(): self.learns = self._plain(y, mask, args).requires_grad
     return bool(self.learns)
 
-def _parameters(f):
-    "Tensors that `f` names: of itself, its attributes, closure, globals, containers there"
-    while isinstance(f, partial): f = f.func
-    f = getattr(f, "__self__", f)                    # of a method
-    parts = [f, *getattr(f, "__dict__", {}).values()]
-    if isinstance(f, FunctionType):
-        parts += [c.cell_contents for c in f.__closure__ or ()]
-        parts += [f.__globals__.get(k) for k in f.__code__.co_names]
-    yield from _tensors(parts)
+_DULL = type(None), str, bool, int, float, type, ModuleType, torch.dtype, torch.device
 
-def _tensors(parts):
-    for x in parts:
-        if isinstance(x, Tensor): yield x
-        elif isinstance(x, nn.Module): yield from x.parameters()
-        elif isinstance(x, (list, tuple, dict)) and x:
-            yield from _tensors(x.values() if isinstance(x, dict) else x)
+def _parameters(f):
+    "Tensors that `f` names, near ones: in its attributes, arguments, closure, globals"
+    todo, seen = [f], set()
+    for o in todo:
+        parts = ()
+        if isinstance(o, Tensor): yield o
+        elif isinstance(o, nn.Module):
+            yield from o.parameters()
+            parts = vars(o).values() if o is f else ()
+        elif isinstance(o, (list, tuple, set)): parts = o
+        elif isinstance(o, dict): parts = o.values()
+        elif isinstance(o, partial): parts = o.func, o.args, o.keywords
+        elif isinstance(o, MethodType): parts = o.__self__, o.__func__
+        elif isinstance(o, FunctionType):
+            parts = [c.cell_contents for c in o.__closure__ or ()]
+            parts += [o.__globals__.get(k) for k in o.__code__.co_names]
+        else: parts = getattr(o, "__dict__", {}).values()
+        if len(todo) > 1000: continue
+        for x in islice(parts, 100):
+            if isinstance(x, _DULL) or id(x) in seen: continue
+            seen.add(id(x))
+            todo.append(x)
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -432,14 +448,26 @@ class NewtonLoss(OutputLoss):
             f"curvature: expected no lam and eigenvalues with {curvature!r}, "
             "which has its own")
         super().__init__(loss_fn, direction, chunk_size, check, on_nonfinite, group)
-        self.__dict__.update(curvature=curvature, lam=lam, eigenvalues=eigenvalues)
+        self.__dict__["curvature"] = curvature
+
+    @property
+    def lam(self): return self._option("lam", "auto")
+    @property
+    def eigenvalues(self): return self._option("eigenvalues", "raw")
+
+    def _option(self, name, default):
+        "That of the direction, which is where to change it; none of a given direction"
+        named = isinstance(self.curvature, str)
+        return named and getattr(self.direction, name) or default
 
 # %% ../../nbs/core/05_newton.ipynb #5e35829d
 class ClippedLoss(OutputLoss):
     "An `OutputLoss` of `loss_fn` with the direction `Clip(max_norm)`"
     def __init__(self, loss_fn:Callable, max_norm:SupportsFloat=1., **kwargs):
         super().__init__(loss_fn, Clip(max_norm), **kwargs)
-        self.max_norm = max_norm
+
+    @property
+    def max_norm(self): return self.direction.max_norm
 
 class NormalizedLoss(OutputLoss):
     "An `OutputLoss` of `loss_fn` with the direction `Normalize()`"
@@ -450,7 +478,9 @@ class ScalarStepLoss(OutputLoss):
     "An `OutputLoss` of `loss_fn` with the direction `Scalar(lam)`"
     def __init__(self, loss_fn:Callable, lam="auto", **kwargs):
         super().__init__(loss_fn, Scalar(lam), **kwargs)
-        self.lam = lam
+
+    @property
+    def lam(self): return self.direction.lam
 
 # %% ../../nbs/core/05_newton.ipynb #d3610387
 def newton_direction(
