@@ -15,6 +15,8 @@ import argparse
 from itertools import islice, product
 from pathlib import Path
 
+import torch
+
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import run_all, seeds_together
 from newton_losses_nb.lab.records import read_runs
@@ -75,6 +77,7 @@ def queue():
     for m in ("fisher", "clip"): yield "neural_sort", m, LONGEST, REPORTED, {}
     yield "neural_sort", "scalar", LONGER, range(4), {}
     yield "neural_sort", "none", LONGER, range(4), bce
+    for m in ("rms", "whiten"): yield "neural_sort", m, LONGER, range(4), {}
     yield "neural_sort", "scalar", LONGEST, REPORTED, {}
     yield "neural_sort", "none", LONGEST, REPORTED, bce
 
@@ -198,7 +201,11 @@ def main():
     p.add_argument("--shrink", type=int, default=1, help="divides all numbers of steps")
     p.add_argument("--rows", type=int, help="only the first rows of the queue")
     a = p.parse_args()
-    if a.shrink > 1 and a.out == RESULTS: p.error("--shrink: needs --out, another folder")
+    if a.shrink > 1 and Path(a.out).resolve() == RESULTS:
+        p.error("--shrink: needs --out, another folder")
+    if (a.rows or 0) < 0: p.error("--rows: expected at least 0")
+    try: torch.empty(0, device=a.device)
+    except (AssertionError, RuntimeError) as e: p.error(f"--device: {e}")
     paths = a.verb.endswith("paths")
     if a.shrink > 1 and paths: p.error("--shrink: not for paths")
     if a.shrink < 1: p.error("--shrink: expected at least 1")

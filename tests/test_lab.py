@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from ablations import AblationTask, ablation_config
 from newton_losses_nb.lab.data import load_digits
 from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.lab.records import environment, read_runs, run_key, stored_results
+from newton_losses_nb.lab.report import conclusion, summary
 from newton_losses_nb.lab.tasks import ClassificationTask, PathTask, SortingTask, classification_config, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
 
@@ -85,3 +87,21 @@ def test_no_folder_of_a_machine_in_a_record(monkeypatch):
     "Of absolute paths in the command only the last part"
     monkeypatch.setattr("sys.argv", ["/home/me/bin/nl_bench", "sorting", "--out", "/home/me/runs", "--data-dir=/data/me/mnist", "--n", "5"])
     assert environment()["command"] == "nl_bench sorting --out runs --data-dir=mnist --n 5"
+
+def test_a_number_is_one_setting_whatever_its_type():
+    "1 and 1.0 are one run; what JSON cannot hold is refused or becomes a number"
+    key = lambda **kw: run_key(sorting_config(**kw), "s")
+    for name, v in dict(tau=1, lr=1, max_norm=1).items(): assert key(**{name: v}) == key(**{name: float(v)})
+    assert key(method="fisher", lam=1) == key(method="fisher", lam=1.) == key(method="fisher", lam=torch.tensor(1.))
+    assert key(relaxation="cauchy", steepness=10) == key(relaxation="cauchy") and key(lr=np.float32(.5)) == key(lr=.5)
+    for v in (None, lambda *a: 1., True, "often", [1.]):
+        with pytest.raises(ValueError, match="lam: expected a (finite )?number"): sorting_config(method="fisher", lam=v)
+
+def test_conclusion_leaves_nothing_out():
+    "A difference that is the same on all seeds, and one pair beside failed runs, have no p-value"
+    def runs(method, scores): return [dict(format=1, key=f"{method}{s}", status="ok" if v else "failed", error=None if v else "nan", config=dict(task="sorting", relaxation="cauchy", n=5, method=method, seed=s), data_source="digits",
+                                           result=dict(exact_match=v) if v else None, curves={}, versions={}, seconds=1.) for s, v in enumerate(scores)]
+    table = summary(runs("none", [.50, .51, .52, .53]) + runs("fisher", [.60, .61, .62, .63]) + runs("hessian", [.10, None, None, None]) + runs("rms", [.51, .515, .53, .537]))
+    said = conclusion(table)
+    assert said.startswith("1 comparison with the plain loss") and "2 without a test" in said and "3 runs of these methods failed" in said
+    assert "largest gain: " in said and "fisher (+10.00 points" in said and "hessian (-40.00 points)" in said

@@ -177,3 +177,11 @@ def test_an_expensive_start_hides_no_difference(start):
         free, dear = cost.clone(), cost.clone()
         free[0, 0], dear[0, 0] = 0, start
         assert torch.equal(shortest_path(dear), shortest_path(free))
+
+def test_path_loss_of_integers():
+    "Whole numbers do not wrap, soft targets are not cut off, half precision does not overflow"
+    from newton_losses_nb.paths.relaxed import path_loss
+    a, b = torch.tensor([[0, 1, 1]], dtype=torch.uint8), torch.tensor([[1, 1, 0]], dtype=torch.uint8)
+    assert path_loss(a, b, "l1", "sum").tolist() == [2.] and path_loss(a.bool(), b.bool(), "l2").tolist() == [pytest.approx(2/3)]
+    assert path_loss(a.long(), torch.tensor([[.5, .5, .5]]), "l1", "sum").tolist() == [1.5]
+    assert path_loss(torch.ones(1, 10**5).half(), torch.zeros(1, 10**5), "l1", "sum").tolist() == [1e5]

@@ -162,3 +162,19 @@ def test_annotations_hold():
     pytest.importorskip("beartype")
     run = subprocess.run([sys.executable, "-c", HOOKED], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+
+@pytest.mark.parametrize("noise", [dict(), dict(baseline="value")])
+@pytest.mark.parametrize("floor", [None, -9.])
+def test_a_solver_may_work_in_place(noise, floor):
+    "Its argument is a copy: the loss, its derivatives and the outputs are those of a solver that does not"
+    one_hot = lambda i: torch.nn.functional.one_hot(i, 3).float()
+    y, w = torch.tensor([[.3, .2, .9]]), torch.tensor([[0., 1., 0.]])
+    def found(solver): return FenchelYoungLoss(solver, Noise(.5, 40, generator=torch.Generator().manual_seed(0), **noise), floor=floor).derivatives(y, w)
+    for a, b in zip(found(lambda c: one_hot((-c).argmax(-1))), found(lambda c: one_hot(c.neg_().argmax(-1)))): assert_close(a, b)
+    x = y.clone().requires_grad_()
+    BlackboxLoss(lambda c: one_hot(c.neg_().argmax(-1)), lambda w, t: (w - t).abs().sum(-1), floor=floor)(x, w).sum().backward()
+    assert_close(y, torch.tensor([[.3, .2, .9]])) and assert_close(x.detach(), y)
+
+@pytest.mark.parametrize("given, error", [(dict(generator=3), "generator: expected a Generator, got 3"), (dict(antithetic="no"), "antithetic: expected a bool, got 'no'")])
+def test_noise_of_a_wrong_kind(given, error):
+    with pytest.raises(TypeError, match=error): Noise(**given)

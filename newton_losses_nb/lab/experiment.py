@@ -83,12 +83,13 @@ def at_least(low:float): # Smallest value
 
 def positive(name, v):
     "Check that the setting `name` has a positive number `v`"
-    above_zero(name, _value(v))
-    return _value(v)
+    return above_zero(name, _value(v))
 
 def damping_or_rule(name, v):
-    "Check λ, the value `v` of `name`: a number, the name of a rule, or a function"
-    if not isinstance(_value(v), str) or v in (*RULES, *STORED): return _value(v)
+    "Check λ, the value `v` of `name`: a number, or the name of a rule"
+    v = _value(v)
+    if not isinstance(v, str): return number(name, v)
+    if v in RULES or v in STORED: return v
     raise ValueError(f"{name}: expected a number or {' or '.join(RULES)}, got {v!r}")
 
 # %% ../../nbs/lab/03_experiment.ipynb #13a8e0b1

@@ -162,18 +162,22 @@ def to_markdown(table:pd.DataFrame) -> str:
 # %% ../../nbs/lab/04_report.ipynb #786bf127
 def conclusion(table:pd.DataFrame) -> str: # One sentence
     "Comparisons in a `table`, how many are significant, the largest gain and loss"
-    tested = table[table.p.notna()]
-    if not len(tested): return (
+    known, tested = table[table["diff"].notna()], int(table.p.notna().sum())
+    if not tested: return (
         "No comparison with the plain loss: that takes two seeds or more that finished "
-        "in both, and scores that differ.")
-    d = tested["diff"]
-    row = "{setting}, {method} ({diff:+.2f} points, interval {lo:+.2f} to {hi:+.2f})"
-    gain = row.format(**tested.loc[d.idxmax()]) if d.max() > 0 else "none"
-    loss = row.format(**tested.loc[d.idxmin()]) if d.min() < 0 else "none"
-    return (f"{len(d)} comparison{'s'*(len(d) > 1)} with the plain loss, "
-            f"{sum(tested.p_holm < 0.05)} significant after Holm's correction "
-            f"(p < 0.05); largest gain: {gain}; largest loss: {loss}; few seeds decide "
-            f"nothing, and these are {tested.pairs.max()}.")
+        "in both, with the same settings but the method's, and scores that differ.")
+    def row(r): return (f"{r.setting}, {r.method} ({r['diff']:+.2f} points"
+                        + _known(", interval {:+.2f} to {:+.2f}", r.lo, r.hi) + ")")
+    d, more = known["diff"], len(known) - tested
+    gain = row(known.loc[d.idxmax()]) if d.max() > 0 else "none"
+    loss = row(known.loc[d.idxmin()]) if d.min() < 0 else "none"
+    failed = int(table.failed[table.method != "none"].sum())
+    return (f"{tested} comparison{'s'*(tested > 1)} with the plain loss, "
+            f"{sum(table.p_holm < 0.05)} significant after Holm's correction (p < 0.05)"
+            + f", and {more} without a test (one pair, or equal differences)"*(more > 0)
+            + f"; {failed} runs of these methods failed"*(failed > 0)
+            + f"; largest gain: {gain}; largest loss: {loss}; few seeds decide "
+            f"nothing, and these are {known.pairs.max()}.")
 
 # %% ../../nbs/lab/04_report.ipynb #d499029c
 def _failures(runs):

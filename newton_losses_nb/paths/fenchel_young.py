@@ -69,6 +69,10 @@ class Noise(AsCode):
     def __post_init__(self):
         choice("baseline", self.baseline, ("leave_one_out", "value", "none"))
         choice("distribution", self.distribution, DISTRIBUTIONS)
+        for name, kinds in dict(antithetic=bool, generator=torch.Generator).items():
+            x = getattr(self, name)
+            if not isinstance(x, (kinds, type(None))): raise TypeError(
+                f"{name}: expected a {kinds.__name__}, got {x!r}")
         object.__setattr__(self, "sigma", positive("sigma", self.sigma))
         object.__setattr__(self, "samples", _samples(self))
 
@@ -205,7 +209,7 @@ def _differences(self:FenchelYoungLoss, y, y_true):
 @patch
 def _difference(self:FenchelYoungLoss, costs, y_true):
     "Difference of true and found solution for each of `(N, S, m)` costs"
-    points = costs.unflatten(2, y_true.shape[1:])
+    points = costs.unflatten(2, y_true.shape[1:]).clone()  # some solve in place
     w = call("solver", self.solver, points)
     if w.shape != points.shape: raise ValueError(
         f"solver: expected solutions in the shape of the costs, "

@@ -120,7 +120,7 @@ class _Blackbox(torch.autograd.Function):
     "Forward the solver; backward the difference to its solution for moved costs"
     @staticmethod
     def forward(ctx, y, solver, lam, floor):
-        w = solver(raised(y, floor))
+        w = solver(raised(y, floor).clone())         # some solve in place
         check_tensor("solver", w)
         ctx.solver, ctx.lam, ctx.floor = solver, lam, floor
         ctx.save_for_backward(y, w)

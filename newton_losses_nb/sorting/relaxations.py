@@ -93,6 +93,8 @@ def true_permutation(
     dtype:torch.dtype|None=None,  # Of the result; None: PyTorch's default
 ) -> Float[Tensor, "*batch n n"]: # 1 at [..., i, j] if input j has rank i
     "Permutation matrix that sorts `labels` ascending; ties keep their order"
+    if not isinstance(labels, Tensor): raise TypeError(
+        f"labels: expected a tensor, got {type(labels).__name__}")
     if labels.ndim == 0 or labels.shape[-1] == 0:
         raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got "
                          f"{tuple(labels.shape)}")
