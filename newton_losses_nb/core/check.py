@@ -478,7 +478,10 @@ def _judge(p):
             found = (_problem if hasattr(p, "good") else _fatal)(_said(e), "error")
         p.found[question] = found
         if found.verdict == "fatal": return p.found, found.words, OutputLoss, {}, [], ""
-    return p.found, None, *_recommend(p)
+    *advice, why = _recommend(p)
+    if p.found["float32, further out"].verdict == "note":
+        why = "First compute the loss stably (in logarithms, say). " + why
+    return p.found, None, *advice, why
 
 def check_loss(
     loss_fn:Callable,       # Loss to judge: `loss_fn(y, *args)` should have shape (N,)
