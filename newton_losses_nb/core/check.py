@@ -310,9 +310,8 @@ def _ask_far(p):
         most = exact[fine].abs().amax() if fine.any() else 0
         off = float((G - exact)[fine].abs().amax()/most) if most else 0.
         if off > 1e-3: return _note(
-            f"where outputs are {k:.2g} times as far apart the gradient is within "
-            f"{off:.0e} of float64 only: compute the loss stably (in logarithms, say)",
-            off)
+            f"where outputs are {k:.2g} times as far apart the gradient is off by "
+            f"{off:.0e} of its size: compute the loss stably (in logarithms, say)", off)
 
 def _ask_size(p):
     G, loss = p.G[p.good], p.values(p.y)[p.good]
@@ -479,7 +478,7 @@ def _judge(p):
         p.found[question] = found
         if found.verdict == "fatal": return p.found, found.words, OutputLoss, {}, [], ""
     *advice, why = _recommend(p)
-    if p.found["float32, further out"].verdict == "note":
+    if p.found["float32, further out"].verdict == "note" and "Compute" not in why:
         why = "First compute the loss stably (in logarithms, say). " + why
     return p.found, None, *advice, why
 
