@@ -913,4 +913,5 @@ def test_options_are_those_of_the_direction():
         new = "clip" if name == "eigenvalues" else 7.
         setattr(loss.direction, name, new)
         assert getattr(loss, name) == new and repr(new) in repr(loss)
+    assert NewtonLoss(square, lam=0).lam == 0 and repr(NewtonLoss(square, "hessian", 0.)) == "NewtonLoss(<lambda>, curvature='hessian', lam=0.0)"
     assert repr(NewtonLoss(square, Fisher(.5))) == "NewtonLoss(<lambda>, curvature=Fisher(lam=0.5))"

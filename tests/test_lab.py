@@ -82,6 +82,14 @@ def test_benchmarks_keep_what_is_there(tmp_path, capsys):
     for kind in (hard.Study, hard.Paths): kind(SimpleNamespace(out=tmp_path, **given)).go_through()
     assert capsys.readouterr().out.count("trials to do") == 2
 
+@pytest.mark.parametrize("given, says", [(["--shrink", "1000", "--out", "nbs/../nbs/results"], "--shrink: needs --out"), (["--device", "there"], "--device: "), (["--rows", "-1"], "--rows: expected at least 0")])
+def test_mistakes_with_the_hard_study_are_a_sentence(given, says, capsys, monkeypatch):
+    "A dry run is not let into the stored results, however their folder is written"
+    import hard
+    monkeypatch.chdir(hard.RESULTS.parent.parent)
+    monkeypatch.setattr(sys, "argv", ["hard.py", "list", *given])
+    with pytest.raises(SystemExit) as e: hard.main()
+    assert e.value.code == 2 and says in capsys.readouterr().err
 
 def test_no_folder_of_a_machine_in_a_record(monkeypatch):
     "Of absolute paths in the command only the last part"

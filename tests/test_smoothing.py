@@ -173,7 +173,7 @@ def test_a_solver_may_work_in_place(noise, floor):
     for a, b in zip(found(lambda c: one_hot((-c).argmax(-1))), found(lambda c: one_hot(c.neg_().argmax(-1)))): assert_close(a, b)
     x = y.clone().requires_grad_()
     BlackboxLoss(lambda c: one_hot(c.neg_().argmax(-1)), lambda w, t: (w - t).abs().sum(-1), floor=floor)(x, w).sum().backward()
-    assert_close(y, torch.tensor([[.3, .2, .9]])) and assert_close(x.detach(), y)
+    for seen in (y, x.detach()): assert_close(seen, torch.tensor([[.3, .2, .9]]))
 
 @pytest.mark.parametrize("given, error", [(dict(generator=3), "generator: expected a Generator, got 3"), (dict(antithetic="no"), "antithetic: expected a bool, got 'no'")])
 def test_noise_of_a_wrong_kind(given, error):

@@ -302,8 +302,9 @@ def _ask_far(p):
         return _unknown("")
     centre = p.narrow.y.mean(0)
     apart = p.narrow.y - centre
-    for k in (k/(_rms(apart) or 1.) for k in (1., 10.)):
-        y = centre + max(k, 1.)*apart
+    for size in (1., 10.):
+        k = max(1., size/(_rms(apart) or 1.))
+        y = centre + k*apart
         try: G, exact = p.narrow.gradient(y).double(), p.gradient(y.double())
         except Exception: break                      # outside of the loss's domain
         fine = p.good & G.isfinite().all(1) & exact.isfinite().all(1)
@@ -388,8 +389,9 @@ def _recommend(p):
         ": with one output a Newton step is a rescaling.")
     if found["Newton direction"][0] >= _SAME: return plain(
         ": on this batch the Newton direction is nearly the gradient.")
-    if found["second derivative"] == "right" and single == "ok":
-        if p.y.shape[1] <= _FEW: beside += [(NewtonLoss, dict(curvature="hessian") | kw)]
+    right = found["second derivative"] == "right" and single == "ok"
+    if right and p.y.shape[1] <= _FEW:
+        beside.append((NewtonLoss, dict(curvature="hessian") | kw))
     return OutputLoss, dict(direction=Whiten()) | kw, beside, (
         "The Newton direction is another one than the gradient's. Whitening, the root "
         "of a Newton step, is the careful way to use it.")

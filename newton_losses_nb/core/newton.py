@@ -457,8 +457,9 @@ class NewtonLoss(OutputLoss):
 
     def _option(self, name, default):
         "That of the direction, which is where to change it; none of a given direction"
-        named = isinstance(self.curvature, str)
-        return named and getattr(self.direction, name) or default
+        given = isinstance(self.curvature, Direction)
+        value = None if given else getattr(self.direction, name)
+        return default if value is None else value
 
 # %% ../../nbs/core/05_newton.ipynb #5e35829d
 class ClippedLoss(OutputLoss):

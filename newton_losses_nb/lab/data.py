@@ -168,11 +168,11 @@ class DigitSets:
         device:str|torch.device='cpu', # Where the images are made
     ):
         self.n = number('n', n, 1, whole=True)
-        self.digits_per_image = number('digits_per_image', digits_per_image, 1, 19, True)
-        self.device = device
+        digits_per_image = number('digits_per_image', digits_per_image, 1, 19, True)
+        self.digits_per_image, self.device = digits_per_image, device
         self.pixels = pool_digits(digits.images, pool).to(device)
         self.classes = digits.labels.to(device)
-        self.places = 10 ** torch.arange(self.digits_per_image - 1, -1, -1, device=device)
+        self.places = 10 ** torch.arange(digits_per_image - 1, -1, -1, device=device)
 
 # %% ../../nbs/lab/00_data.ipynb #c3fba6f1
 @patch

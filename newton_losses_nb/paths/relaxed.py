@@ -188,7 +188,7 @@ def path_loss(
     "How far paths are from the true ones"
     check_same_shape("path", path, "target", target)
     choice("kind", kind, ("l1", "l2")), choice("reduction", reduction, ("mean", "sum"))
-    dtype = torch.promote_types(torch.promote_types(path.dtype, target.dtype), torch.float)
-    diff = (path.to(dtype) - target.to(dtype)).flatten(1)
+    path = widened(path)
+    diff = (path - target.to(path.dtype)).flatten(1)
     diff = diff.abs() if kind == "l1" else diff.square()
     return diff.mean(1) if reduction == "mean" else diff.sum(1)
