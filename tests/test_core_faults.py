@@ -915,3 +915,18 @@ def test_options_are_those_of_the_direction():
         assert getattr(loss, name) == new and repr(new) in repr(loss)
     assert NewtonLoss(square, lam=0).lam == 0 and repr(NewtonLoss(square, "hessian", 0.)) == "NewtonLoss(<lambda>, curvature='hessian', lam=0.0)"
     assert repr(NewtonLoss(square, Fisher(.5))) == "NewtonLoss(<lambda>, curvature=Fisher(lam=0.5))"
+
+@pytest.mark.parametrize("guard", ["skip", "gradient"])
+@pytest.mark.parametrize("bad", ["outputs", "argument", "all"])
+def test_no_nan_reaches_the_parameters_of_a_loss(guard, bad):
+    "Nor from a gradient that is singular at zero, where a bad sample could be put"
+    class Length(torch.nn.Module):
+        def __init__(self): super().__init__(); self.tau = torch.nn.Parameter(torch.tensor(2.).double())
+        def forward(self, y, w): return (self.tau*y).square().sum(1).sqrt()*w
+    f, y, w = Length(), torch.randn(5, 3).double(), torch.rand(5).double()
+    if bad == "argument": w[1] = torch.nan
+    else: y[1 if bad == "outputs" else slice(None)] = torch.nan
+    NewtonLoss(f, on_nonfinite=guard)(y.clone().requires_grad_(), w).backward()
+    keep = torch.tensor([0, 2, 3, 4])
+    want = 0*f.tau.detach() if bad == "all" else torch.autograd.grad(f(y[keep], w[keep]).mean(), f.tau)[0]
+    assert_close(f.tau.grad if f.tau.grad is not None else 0*f.tau.detach(), want)

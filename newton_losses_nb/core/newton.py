@@ -133,7 +133,7 @@ def _observe(self:OutputLoss, y, mask, args):
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
     if size >= N: return self._batch(y, mask, args, own)
     if size == 1 and not self.checked:
-        with unseen(): self._batch(*piece(0, 2), own)     # a check is of two samples
+        with unseen(): self._batch(*piece(0, 2), own)  # a check is of two samples
     parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
@@ -322,7 +322,7 @@ def _plain(self:OutputLoss, y, mask, args, n=None):
             fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
             real = real & fine.unsqueeze(-1)
             if loss.requires_grad:                   # NaN may not reach its parameters
-                y = y.where(real, 0)
+                y = y.where(real, y[fine.int().argmax()])
                 loss = sample_losses(self.loss_fn, y, *args, mask=mask)
                 if not loss.isfinite().all():        # so it comes from an argument
                     loss = sample_losses(self.loss_fn, y, *args, mask=real)
