@@ -3,6 +3,7 @@
     python benchmarks/hard.py list --data-dir mnist    what is finished, and what is to do
     python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order
     python benchmarks/hard.py map --data-dir mnist     where the plain loss fails: untuned, two seeds
+    python benchmarks/hard.py cnn --data-dir mnist     the paper's network, as far as a CPU goes
     python benchmarks/hard.py paths                    the smoothed loss of paths, by samples of noise
     python benchmarks/hard.py list-paths               what of that is finished, and what is to do
 
@@ -88,7 +89,14 @@ def cells():
     sharp = dict.fromkeys(RELAXATIONS, ("tau", (.01, .1, 1.)))
     sharp |= dict.fromkeys(("logistic", "cauchy"), ("steepness", (10., 100., 1000.)))
     for (method, more), n, (relaxation, (name, values)) in product(arms, (10, 5), sharp.items()):
-        for v in values: yield relaxation, method, more | dict(n=n, lr=1e-3) | {name: v}
+        for v in values: yield relaxation, method, TRIAL, more | dict(n=n, lr=1e-3) | {name: v}
+
+def small_batches():
+    "A look at the paper's network, in batches of ten sets; nothing is chosen by trials"
+    same = dict(network="cnn", batch=10, eval_every=100, eval_sets=200, lr=1e-3)
+    arms = ("none", {}), ("none", dict(loss="bce")), ("default", dict(lam="typical")), (
+        "clip", dict(max_norm=.3))
+    for method, more in arms: yield "soft_sort", method, 4000, same | more
 
 def finished(folder):
     "The records of a folder by key; none if there is nothing, or half a line only"
@@ -106,7 +114,8 @@ class Study:
         self.data = self.load()
         self.same = dict(network=a.network, device=a.device)
         name = self.name + f"{a.network}_"*(a.network != "small") + a.device
-        self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in ("_tuning", "", "_map")}
+        kinds = "_tuning", "", "_map", "_cnn"
+        self.folders = folders = {k: Path(a.out)/f"{name}{k}" for k in kinds}
         self.found = {k: finished(f) for k, f in folders.items()}
 
     def load(self):
@@ -116,9 +125,10 @@ class Study:
         steps, every = max(1, steps//self.a.shrink), max(1, 200//self.a.shrink)
         sets = max(10, 1000//self.a.shrink)
         method = "fisher" if method == "default" else method
-        given = self.same | dict(n=10, batch=100, tau=tau, loss=loss, lam=1., max_norm=.1) | setting
-        return [SortingTask(sorting_config(relaxation, method, seed=s, steps=steps,
-                eval_every=every, eval_sets=sets, **given), self.data) for s in seeds]
+        same = self.same | dict(n=10, batch=100, eval_every=every, eval_sets=sets)
+        given = same | dict(tau=tau, loss=loss, lam=1., max_norm=.1) | setting
+        return [SortingTask(sorting_config(relaxation, method, seed=s, steps=steps, **given),
+                            self.data) for s in seeds]
 
     def records(self, kind, tasks):
         "The records of tasks that differ in the seed; `list` makes none"
@@ -160,11 +170,11 @@ class Study:
             tasks = self.tasks(relaxation, method, seeds, steps, **(setting | more))
             self.show(f"{name} {setting}", tasks, self.records("", tasks))
 
-    def go_over(self):
-        "Make the cells of the map"
-        for relaxation, method, setting in islice(cells(), self.a.rows):
-            tasks = self.tasks(relaxation, method, MAP, TRIAL, **setting)
-            self.show(f"{relaxation} {method} {setting}", tasks, self.records("_map", tasks))
+    def go_over(self, cells, kind, seeds):
+        "Make what is not chosen by trials"
+        for relaxation, method, steps, setting in islice(cells, self.a.rows):
+            tasks = self.tasks(relaxation, method, seeds, steps, **setting)
+            self.show(f"{relaxation} {method} {setting}", tasks, self.records(kind, tasks))
 
     @staticmethod
     def show(name, tasks, records):
@@ -194,7 +204,7 @@ class Paths(Study):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("verb", choices=("list", "run", "map", "paths", "list-paths"))
+    p.add_argument("verb", choices=("list", "run", "map", "cnn", "paths", "list-paths"))
     p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
     p.add_argument("--out", default=RESULTS, help="where the folders of results are")
     p.add_argument("--network", default="small"); p.add_argument("--device", default="cpu")
@@ -211,7 +221,10 @@ def main():
     if a.shrink < 1: p.error("--shrink: expected at least 1")
     try:
         study = Paths(a) if paths else Study(a)
-        study.go_over() if a.verb == "map" else study.go_through()
+        if a.verb == "map": study.go_over(cells(), "_map", MAP)
+        elif a.verb == "cnn":
+            for seed in MAP: study.go_over(small_batches(), "_cnn", [seed])
+        else: study.go_through()
     except (OSError, ValueError) as e: p.error(str(e))
 
 if __name__ == "__main__": main()
