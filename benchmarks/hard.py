@@ -81,6 +81,8 @@ def queue():
     for m in ("rms", "whiten"): yield "neural_sort", m, LONGER, range(4), {}
     yield "neural_sort", "scalar", LONGEST, REPORTED, {}
     yield "neural_sort", "none", LONGEST, REPORTED, bce
+    for m, more in ("fisher", {}), ("none", bce), ("scalar", {}): # Does what was seen there hold?
+        yield "neural_sort", m, LONGER, MORE, more
     for m in ("default", "scalar", "clip", "rms", "clip_grad"): # The default beside controls
         for r in RELAXATIONS: yield r, m, SHORT, MORE, {}
     for r in RELAXATIONS: yield r, "none", SHORT, MORE, bce
