@@ -490,3 +490,32 @@ def test_noise_that_cannot_be_fixed_is_not_judged():
 def test_outside_of_its_domain_a_loss_may_raise():
     y, t = torch.rand(32, 5)*.9 + .05, (torch.rand(32, 5) < .5).float()
     assert check_loss(lambda y, t: F.binary_cross_entropy(y, t, reduction="none").sum(-1), y, t).ok
+
+def test_targets_of_all_samples():
+    "Outputs (N, 1) and targets (N,) make a square of all pairs, with one loss per sample that is made of all targets"
+    def square(y, t): return (y - t).square().sum(1)
+    y, t = torch.randn(64, 1), torch.randn(64)
+    report = check_loss(square, y, t)
+    assert report["independent samples"].value == "mixed" and report.make is OutputLoss and not report.options and "own arguments" in report.why
+    assert check_loss(square, y, t[:, None]).ok
+    w = torch.rand(5)                                         # of all samples, and as many as there are samples
+    for n in 4, 5, 6: assert check_loss(lambda y, w: (w*y.square()).sum(1), torch.randn(n, 5), w)["independent samples"].value == "ok"
+
+def test_the_cosine_that_is_printed_tells_what_is_advised():
+    "No rounding across the bound"
+    for e in torch.linspace(.05, .6, 25).tolist():
+        G = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)).double()*torch.tensor([1., 1., 1 + e]).double()
+        report = check_loss(lambda y, g: (y*g).sum(1), torch.zeros(400, 3).double(), G)
+        said = float(report["Newton direction"].words.split()[1])
+        assert (said < .99) == (report["Newton direction"].value[0] < .99), (e, report)
+
+def test_a_convention_is_found_under_vmap():
+    loss = permutation_loss(neural_sort)
+    s, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert_close(torch.func.vmap(loss)(s, t), torch.stack([permutation_loss(neural_sort)(*o) for o in zip(s, t)]))
+    assert torch.func.vmap(loss)(s, t).shape == (2, 3)
+
+def test_a_nan_is_no_other_reduction():
+    y = torch.randn(2, 3)
+    y[0, 0] = torch.nan
+    assert per_sample(nn.MSELoss())(y, torch.zeros(2, 3)).isnan().tolist() == [True, False]

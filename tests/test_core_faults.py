@@ -1,6 +1,7 @@
 "Faults of version 0.1, each with its whole kind, and the right numbers"
 import copy
 import functools
+import pickle
 from functools import cache
 from types import SimpleNamespace
 
@@ -930,3 +931,69 @@ def test_no_nan_reaches_the_parameters_of_a_loss(guard, bad):
     keep = torch.tensor([0, 2, 3, 4])
     want = 0*f.tau.detach() if bad == "all" else torch.autograd.grad(f(y[keep], w[keep]).mean(), f.tau)[0]
     assert_close(f.tau.grad if f.tau.grad is not None else 0*f.tau.detach(), want)
+
+def test_features_of_masked_outputs_are_cut_like_them():
+    "Arguments (N, m, d) and (1, m, d), sets of one output among them; a matrix over all pairs of outputs is refused"
+    def f(y, x): return (y.unsqueeze(-1)*x).sum((1, 2)).square()
+    y, mask = torch.randn(8, 4).double(), torch.arange(4) < torch.tensor([4, 1, 1, 4, 2, 1, 3, 0])[:, None]
+    for x in torch.randn(8, 4, 3).double(), torch.randn(1, 4, 3).double():
+        loss, D = newton_direction(f, y, x, mask=mask, lam=.1)
+        want = f(y*mask, x)
+        assert_close(loss, want)
+        G = torch.autograd.functional.jacobian(lambda o: f(o*mask, x).sum(), y)
+        own = mask.all(1)                                     # sets with all outputs
+        count = mask.double().sum(0).sqrt()
+        F = (G/count).T @ (G/count)
+        assert_close(D[own], torch.linalg.solve(F + .1*torch.eye(4).double(), G[own], left=False))
+    T = true_permutation(torch.randn(8, 4))
+    with pytest.raises(ValueError, match=r"args\[0\]: expected the 4 outputs along one axis, the second, got shape \[8, 4, 4\]"):
+        NewtonLoss(SortingLoss("cauchy"))(y, T, mask=mask)
+    whole = torch.ones_like(mask)                             # nothing to be cut
+    assert_close(NewtonLoss(SortingLoss("cauchy"))(y, T.double(), mask=whole), SortingLoss("cauchy")(y, T.double()).mean())
+
+@pytest.mark.parametrize("hold", ["dict", "slots", "object"])
+def test_what_has_a_gradient_later_gets_it(hold):
+    "Not only if the first call had one: a tensor in an argument that is none, or in an object with slots"
+    class Slots: __slots__ = ("t",)
+    def f(y, at):
+        t = at["t"] if isinstance(at, dict) else at.t
+        return (y - t).square().sum(1)
+    y, t = torch.randn(8, 4).double().requires_grad_(), torch.randn(8, 4).double().requires_grad_()
+    def held(t):
+        if hold == "dict": return {"t": t}
+        at = Slots() if hold == "slots" else SimpleNamespace()
+        at.t = t
+        return at
+    loss = NewtonLoss(f)
+    loss(y, held(t.detach())).backward()
+    loss(y, held(t)).backward()
+    assert_close(t.grad, torch.autograd.grad(f(y.detach(), held(t)).mean(), t)[0])
+
+class Drawn(nn.Module):
+    "A loss that draws from the global generator"
+    def forward(self, y, t): return (y + torch.randn_like(y) - t).square().sum(1)
+
+@pytest.mark.parametrize("make", [NewtonLoss, lambda f: NewtonLoss(f, "hessian"), lambda f: OutputLoss(f, check=False),
+                                  lambda f: NewtonLoss(f, chunk_size=3), lambda f: NewtonLoss(f, chunk_size=1)])
+def test_a_resumed_run_draws_the_same_numbers(make):
+    "What a new loss tries at its first call takes no numbers from torch's generator"
+    y, t = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+    def steps(loss, k): return [loss(y, t).item() for _ in range(k)]
+    loss = make(Drawn())
+    steps(loss, 1)
+    state = torch.get_rng_state()
+    through = steps(loss, 2)
+    torch.set_rng_state(state)
+    assert steps(make(Drawn()), 2) == through
+
+def test_copies_leave_the_last_batch_behind():
+    "Pickles and deep copies"
+    def size(loss): return len(pickle.dumps(loss))
+    y, loss = torch.randn(200, 50, requires_grad=True), NewtonLoss(nn.PairwiseDistance())
+    before = size(loss)
+    loss(y, torch.randn(200, 50)).backward()
+    assert loss.cosine and size(loss) < before + 100
+    with pytest.raises(ValueError, match="expected a step before"): copy.deepcopy(loss).cosine
+
+def test_a_class_in_place_of_a_direction():
+    with pytest.raises(TypeError, match=r"curvature: expected a direction, such as Whiten\(\), got <class"): NewtonLoss(Drawn(), Whiten)

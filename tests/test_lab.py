@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"benchmarks"))
 
 from ablations import AblationTask, ablation_config
 
-from newton_losses_nb.lab.data import load_digits
+from newton_losses_nb.lab.data import DigitSets, load_digits
 from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.lab.records import environment, read_runs, run_key, stored_results
 from newton_losses_nb.lab.report import conclusion, summary
@@ -113,3 +113,11 @@ def test_conclusion_leaves_nothing_out():
     said = conclusion(table)
     assert said.startswith("1 comparison with the plain loss") and "2 without a test" in said and "3 runs of these methods failed" in said
     assert "largest gain: " in said and "fisher (+10.00 points" in said and "hessian (-40.00 points)" in said
+
+def test_data_whatever_the_default_device():
+    "And a seed that is a number of numpy's"
+    def sets(seed): return DigitSets(load_digits()["train"], 3).draw(2, seed)
+    images, numbers = sets(0)
+    with torch.device("meta"): again = sets(np.int64(0))
+    assert torch.equal(images, again[0]) and torch.equal(numbers, again[1])
+    with pytest.raises(ValueError, match="generator: expected a whole number, at least 0"): sets("one")

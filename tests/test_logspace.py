@@ -9,9 +9,12 @@ import math
 import mpmath as mp
 import pytest
 import torch
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from newton_losses_nb.sorting.more import sinkhorn_sort
+from newton_losses_nb import NewtonLoss
+from newton_losses_nb.core.derivatives import NonFiniteError
+from newton_losses_nb.sorting.more import sinkhorn_sort, soft_rank
 from newton_losses_nb.sorting.relaxations import ranking_gradient
 from newton_losses_nb.sorting.losses import (
     SortingLoss, element_match, exact_match, log_complement, neural_sort, ranking_loss, soft_sort, sorting_network, true_permutation)
@@ -301,3 +304,32 @@ def test_near_ties_beside_a_large_score(relaxation, far):
     found, truth = gradients(s, P), gradients(s.double(), P.double())
     torch.testing.assert_close(truth[0], truth[1], rtol=1e-6, atol=1e-9)
     for one, exact in zip(found, truth): torch.testing.assert_close(one.double(), exact, rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("sort", [soft_sort, sorting_network, lambda s: sorting_network(s, relaxation="cauchy"), soft_rank])
+def test_a_score_far_away_costs_the_others_no_digits(sort, place):
+    "Wherever it stands"
+    s = torch.tensor([1., 1.5])
+    s = torch.cat([s[:place], torch.tensor([1e6]), s[place:]])
+    assert_close(sort(s[None]).double(), sort(s[None].double()), rtol=1e-6, atol=1e-6)
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "bce"])
+@pytest.mark.parametrize("name, setting, scale", [("neural_sort", dict(tau=1e-3), 10.), ("soft_sort", dict(tau=1e-4), 10.), ("logistic", dict(steepness=1e3), 50.),
+                                                  ("gaussian", {}, 40.), ("neural_sort", {}, 3000.)])
+def test_half_precision_is_computed_in_single(name, setting, scale, kind):
+    "Also where log P is beyond the largest number of float16"
+    s = (scale*torch.tensor([[.3, 1., -.5, .8, 0.]])).half()
+    for T in true_permutation(s), true_permutation(s.flip(1)):
+        f = SortingLoss(name, kind, **setting)
+        assert f(s, T).isfinite().all()
+        assert_close(f(s, T), f(s.float(), T), rtol=0, atol=0)
+
+def test_clamped_loss_of_nan():
+    "NaN for the sample that has it, as with the other kinds"
+    s, f = torch.randn(4, 3), SortingLoss("neural_sort", "bce_clamped")
+    T = true_permutation(torch.randn(4, 3))
+    bad = s.clone(); bad[3, 0] = torch.nan
+    assert f(bad, T).isnan().tolist() == [False]*3 + [True]
+    assert_close(f(bad, T)[:3], f(s, T)[:3])
+    assert_close(NewtonLoss(f, on_nonfinite="skip")(bad.requires_grad_(), T), f(s, T)[:3].mean())
+    with pytest.raises(NonFiniteError, match="y: expected finite"): NewtonLoss(f)(bad, T)

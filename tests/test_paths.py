@@ -185,3 +185,16 @@ def test_path_loss_of_integers():
     assert path_loss(a, b, "l1", "sum").tolist() == [2.] and path_loss(a.bool(), b.bool(), "l2").tolist() == [pytest.approx(2/3)]
     assert path_loss(a.long(), torch.tensor([[.5, .5, .5]]), "l1", "sum").tolist() == [1.5]
     assert path_loss(torch.ones(1, 10**5).half(), torch.zeros(1, 10**5), "l1", "sum").tolist() == [1e5]
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 1), (0, 1)])
+@pytest.mark.parametrize("value", [-1., torch.nan])
+def test_a_fixed_number_of_sweeps_finds_no_path_through_a_bad_cell(place, value):
+    "The whole path is NaN, of this map only"
+    cost = torch.rand(2, 3, 3) + .1
+    cost[(0, *place)] = value
+    path = shortest_path(cost, 9)
+    assert path[0].isnan().all() and torch.equal(path[1], shortest_path(cost[1]))
+
+def test_loss_of_paths_that_are_one_cell():
+    p, t = torch.rand(3), torch.ones(3)
+    assert_close(path_loss(p, t, "l2"), (p - t).square())

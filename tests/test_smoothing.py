@@ -178,3 +178,18 @@ def test_a_solver_may_work_in_place(noise, floor):
 @pytest.mark.parametrize("given, error", [(dict(generator=3), "generator: expected a Generator, got 3"), (dict(antithetic="no"), "antithetic: expected a bool, got 'no'")])
 def test_noise_of_a_wrong_kind(given, error):
     with pytest.raises(TypeError, match=error): Noise(**given)
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+def test_blackbox_of_a_solver_with_whole_numbers(dtype):
+    "Has the gradient of the same solver with floating-point numbers"
+    pick = lambda c: (c == c.amin(-1, keepdim=True))
+    found = []
+    for kind in dtype, torch.float:
+        y = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = BlackboxLoss(lambda c: pick(c).to(kind), square, lam=2.)
+        value = loss(y, torch.eye(4)[:3])
+        value.sum().backward()
+        found.append((value.detach(), y.grad))
+        assert_close(loss.derivatives(y.detach(), torch.eye(4)[:3], hessian=False)[1], y.grad)
+    assert_close(*found)
+    assert found[0][1].any()

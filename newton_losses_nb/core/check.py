@@ -13,6 +13,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -230,13 +231,23 @@ def _ask_independent(p):
     loss = p.values(y)
     near = _fine(y, 1e-9, 1e-4)*(loss.abs() + loss.abs().nanmedian())
     mixed = (y + y.roll(1, 0))/2 + 0.01*_natural_step(y)*p.V[0]
+    own = [isinstance(a, Tensor) and a.ndim and len(a) == n != y.shape[1]
+           for a in p.args]                          # n = m: it may be of all samples
+    def exchanged(rows, y, *args):
+        return p.loss_fn(y, *(
+            a.roll(1, 0).where(rows.view(-1, *[1]*(a.ndim - 1)), a) if o else a
+            for a, o in zip(args, own)))
     for _ in range(4):
         half = torch.randperm(n, generator=draw, device="cpu") < (n + 1)//2
         for rows in (half.to(y.device), ~half.to(y.device)):
-            off = (p.values(mixed.where(rows[:, None], y)) - loss).abs() > near
-            hit = (off & ~rows).nonzero()
-            if len(hit): return _problem(f"the loss of sample {int(hit[0])} changes "
-                                         "with the outputs of others", "leak")
+            values = {"outputs": p.values(mixed.where(rows[:, None], y))}
+            with suppress(Exception):
+                values["arguments"] = p.call(partial(exchanged, rows), y)
+            for what, value in values.items():
+                hit = (((value - loss).abs() > near) & ~rows).nonzero()
+                if len(hit): return _problem(
+                    f"the loss of sample {int(hit[0])} changes with the {what} of others",
+                    "leak" if what == "outputs" else "mixed")
     try: p.gradient(y, check=True)
     except ValueError:
         scaled = partial(derivatives, lambda *a: p.loss_fn(*a)/256, check=False)
@@ -353,8 +364,9 @@ def _ask_direction(p):
     G = p.G[p.good]
     if len(G) < 8 or not G.any(): return _unknown("")
     turn, halves = _turn(G.double())
-    return _ok(f"cosine {turn:.2f} to the gradient, {halves:.2f} between two halves of "
-               "the batch", (turn, halves))
+    digits = 2 + (turn < _SAME <= round(turn, 2))
+    return _ok(f"cosine {turn:.{digits}f} to the gradient, {halves:.2f} between two "
+               "halves of the batch", (turn, halves))
 
 # %% ../../nbs/core/07_check.ipynb #d7972c85
 _SAME = 0.99 # Cosine at which a direction is nearly the gradient
@@ -369,6 +381,8 @@ def _recommend(p):
     beside = [(NormalizedLoss, kw)]
     def plain(why):
         return OutputLoss, kw, beside, "Plain training, the mean of the loss" + why
+    if samples == "mixed": return plain(
+        ", once a sample's loss is made of its own arguments.")
     if samples == "leak": return plain(
         ", until samples are independent: average outside the loss, or let a sample be "
         "the group that belongs together.")

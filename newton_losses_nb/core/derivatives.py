@@ -66,11 +66,20 @@ def in_transform(x):
             or torch._C._functorch.is_legacy_batchedtensor(x)
             or torch.autograd.forward_ad._current_level >= 0)
 
+def exactly(device):
+    "A context without autocast"
+    if not torch.is_autocast_enabled(device.type): return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+@contextlib.contextmanager
 def unseen():
-    "A context in which a checkpoint does not see what autograd keeps"
+    "A context for a trial: no checkpoint sees it, torch's generators stay as they are"
     known = torch._C._autograd._saved_tensors_hooks_is_enabled()
-    return torch.autograd.graph.saved_tensors_hooks(
+    hooks = torch.autograd.graph.saved_tensors_hooks(
         *[lambda x: x]*2) if known else contextlib.nullcontext()
+    cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+    devices = [torch.cuda.current_device()] if cuda else []
+    with torch.random.fork_rng(devices), hooks: yield
 
 # %% ../../nbs/core/01_derivatives.ipynb #ab09a445
 def of_samples(args, lead:list, hint:str="") -> list[bool]:
@@ -93,7 +102,7 @@ def _products(G, y, V:Float[Tensor, "K N m"], keep:Callable=lambda v, P: P):
                                  is_grads_batched=batched, allow_unused=True)
         return keep(v, torch.zeros_like(v) if P is None else P.detach())
     size = max(1, 2**22//max(1, y.numel()))          # bounds the numbers in flight
-    with torch.autocast(y.device.type, enabled=False), warnings.catch_warnings():
+    with exactly(y.device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         with contextlib.suppress(RuntimeError):
             return torch.cat([back(v, True) for v in V.split(size)])
@@ -182,8 +191,7 @@ def derivatives(
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N m"], Tensor|Callable|None]:
     "Loss, gradient and second derivatives of every sample, detached"
     if mask is not None: loss_fn, y = _Padded(loss_fn, mask), y.where(mask, 0)
-    autocast = torch.autocast(y.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), autocast:
+    with torch.inference_mode(False), torch.enable_grad(), exactly(y.device):
         if hasattr(loss_fn, "derivatives"): return _own(loss_fn, y, args, second)
         y, *args = [a.clone() if isinstance(a, Tensor) and a.is_inference() else a
                     for a in (y.detach(), *args)]
@@ -213,13 +221,18 @@ class _Padded:
         sizes = self.mask.sum(1)
         for k in sizes[sizes > 0].unique().tolist():
             i = (sizes == k).nonzero()[:, 0]
-            real = lambda a: a[i][self.mask[i]].view(-1, k)
-            def cut(a):
+            def cut(a, at=None):
                 if not isinstance(a, Tensor) or not a.ndim: return a
-                if a.shape[1:] == y.shape[1:] and len(a) in (1, len(y)):
-                    return real(a.expand_as(y))
-                return a[i] if len(a) == len(y) else a
-            yield i, self.mask[i].nonzero()[:, 1].view(-1, k), map(cut, (y, *args))
+                _, m, *more = *a.shape[:2], *[-1]*(a.ndim < 2), *a.shape[2:]
+                if m != y.shape[1] or len(a) not in (1, len(y)):
+                    return a[i] if len(a) == len(y) else a
+                if k < m and m in more: raise ValueError(
+                    f"args[{at}]: expected the {m} outputs along one axis, the second, "
+                    f"got shape {[*a.shape]}; make this in the loss from what has "
+                    "shape (N, m)")
+                return a.expand(len(y), m, *more)[i][self.mask[i]].view(-1, k, *more)
+            given = cut(y), *map(cut, args, range(len(args)))
+            yield i, self.mask[i].nonzero()[:, 1].view(-1, k), given
 
     def __call__(self, y, *args):
         loss = (0*y.where(self.mask, 0)).sum(1)

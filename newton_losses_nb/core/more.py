@@ -52,7 +52,7 @@ class _Memory(nn.Module):
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
             "memory: expected evidence like that remembered, leading dimensions and "
             f"outputs {kind(self.past[0])}, got {kind(e)}; reset() it for another "
-            "task, or pad batches to one width")
+            "task or another kind of λ, or pad batches to one width")
         return [p.map(lambda x: x.to(e.square)) for p in self.past]
 
 # %% ../../nbs/core/06_more.ipynb #790c593b

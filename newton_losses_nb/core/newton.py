@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import of_samples, random_signs, sample_losses
-from .derivatives import unseen, widened
+from .derivatives import exactly, of_samples, random_signs
+from .derivatives import sample_losses, unseen, widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -81,6 +81,9 @@ class OutputLoss(nn.Module):
         "Losses and directions of the samples, zero for those that take no part"
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
         return b.loss, D
+
+    def __getstate__(self): # For copies: without the last batch
+        return {k: v for k, v in vars(self).items() if k not in ("sent", "taken")}
 
     @property
     def cosine(self) -> float:
@@ -287,7 +290,7 @@ def _of_samples(self:OutputLoss, y, mask, args):
         def losses(i, j):
             cut = lambda a, o=True: a[i:j] if o and a is not None else a
             x, real, *some = _flat(cut(y.detach()), cut(mask), map(cut, args, own))
-            with torch.autocast(y.device.type, enabled=False):
+            with exactly(y.device):
                 return sample_losses(self.loss_fn, x, *some, mask=real)
         whole, again = losses(0, N), losses(0, N)
         small = 1e-6*whole.abs().nan_to_num().amax().item()
@@ -295,10 +298,10 @@ def _of_samples(self:OutputLoss, y, mask, args):
             parts = torch.cat([losses(0, half), losses(half, N)])
             if torch.allclose(whole, parts, 1e-3, small, True): return False
         return torch.equal(whole, again)
-    found = changes(mask)
+    with unseen(): found = changes(mask)
     if mask is not None and not found:               # whole and parts were both cut
         y = y.where(mask, 0)                         # not every loss takes padding
-        with contextlib.suppress(Exception): found = changes(None)
+        with contextlib.suppress(Exception), unseen(): found = changes(None)
     if found: raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o or not any(own))
         + ": expected one row per sample where a batch is cut (only tensors are), but "
@@ -314,7 +317,7 @@ def _plain(self:OutputLoss, y, mask, args, n=None):
     own, lead = self._of_samples(y, mask, args), y.shape[:-1]
     y, mask, *args = _flat(y.detach(), mask, args, own)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-    with torch.autocast(y.device.type, enabled=False):
+    with exactly(y.device):
         loss = sample_losses(self.loss_fn, y, *args, mask=mask)
         if self.on_nonfinite == "raise":
             _explain(loss, Batch(loss, loss, None, real), None, y)
@@ -333,23 +336,24 @@ def _plain(self:OutputLoss, y, mask, args, n=None):
 def _learns(self:OutputLoss, y, mask, args):
     "Has the loss parameters of its own that want a gradient?"
     f = self.loss_fn
-    if any(p.requires_grad for p in _parameters(f)): return True
+    if any(p.requires_grad for p in _parameters(f, args)): return True
     seen = y.numel() if mask is None else mask.any()
     if self.learns is None and seen and not hasattr(f, "derivatives"):
         with unseen(): self.learns = self._plain(y, mask, args).requires_grad
     return bool(self.learns)
 
 _DULL = type(None), str, bool, int, float, type, ModuleType, torch.dtype, torch.device
+_OF_MODULES = {*vars(nn.Module())} - {"_buffers"} # Attributes that all have
 
-def _parameters(f):
+def _parameters(f, args=()):
     "Tensors that `f` names, near ones: in its attributes, arguments, closure, globals"
-    todo, seen = [f], set()
+    todo, seen = [f, *(a for a in args if not isinstance(a, Tensor))], set()
     for o in todo:
         parts = ()
         if isinstance(o, Tensor): yield o
         elif isinstance(o, nn.Module):
             yield from o.parameters()
-            parts = vars(o).values() if o is f else ()
+            if o is f: parts = [v for k, v in vars(o).items() if k not in _OF_MODULES]
         elif isinstance(o, (list, tuple, set)): parts = o
         elif isinstance(o, dict): parts = o.values()
         elif isinstance(o, partial): parts = o.func, o.args, o.keywords
@@ -357,7 +361,8 @@ def _parameters(f):
         elif isinstance(o, FunctionType):
             parts = [c.cell_contents for c in o.__closure__ or ()]
             parts += [o.__globals__.get(k) for k in o.__code__.co_names]
-        else: parts = getattr(o, "__dict__", {}).values()
+        else: parts = [*getattr(o, "__dict__", {}).values(), *(
+            getattr(o, k, None) for k in getattr(type(o), "__slots__", ()))]
         if len(todo) > 1000: continue
         for x in islice(parts, 100):
             if isinstance(x, _DULL) or id(x) in seen: continue
@@ -372,7 +377,7 @@ def _check_gradients(self:OutputLoss, args):
             f"args[{i}]: expected no gradient, since only y is sent one; detach it")
     if not torch._C._are_functorch_transforms_active(): return
     tracked = torch._C._functorch.is_gradtrackingtensor
-    if any(tracked(p) and p.requires_grad for p in _parameters(self.loss_fn)):
+    if any(tracked(p) and p.requires_grad for p in _parameters(self.loss_fn, args)):
         raise RuntimeError("loss_fn: its parameters have a gradient by backward(), but "
                            "torch.func can differentiate for y only")
 
@@ -442,6 +447,8 @@ class NewtonLoss(OutputLoss):
     ):
         direction, eigenvalues = curvature, choice("eigenvalues", eigenvalues, SPECTRA)
         if not isinstance(curvature, Direction):
+            if isinstance(curvature, type): raise TypeError(
+                f"curvature: expected a direction, such as Whiten(), got {curvature}")
             hessian = choice("curvature", curvature, ("fisher", "hessian")) == "hessian"
             direction = Hessian(lam, eigenvalues) if hessian else Fisher(lam)
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(

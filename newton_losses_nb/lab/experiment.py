@@ -218,7 +218,7 @@ def indices(self:Task) -> Iterator[Tensor]:
     n, batch = len(self.data["train"]), self.config["batch"]
     generator = torch.Generator().manual_seed(self.config["seed"])
     while True:
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator, device="cpu")
         yield from order[:n//batch*batch].split(batch)
 
 # %% ../../nbs/lab/03_experiment.ipynb #7bf81eec

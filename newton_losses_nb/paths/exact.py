@@ -46,7 +46,8 @@ def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
         m = min(chunk, B - k)
         torch.add(cost[k:k+m].permute(1, 2, 0), 0, out=c[..., :m])
         d.fill_(torch.inf)
-        d[1, 1] = (0*c[0, 0]).nan_to_num(torch.inf)  # all paths pay the first cell
+        start = c[0, 0]                              # its cost is that of all paths
+        d[1, 1] = (0*start).where(start >= 0, torch.inf).nan_to_num(torch.inf)
         c[0, 0].zero_()
         for sweep in (first + n_first*[whole])[:n_first]: sweep()
         while True:

@@ -189,6 +189,6 @@ def path_loss(
     check_same_shape("path", path, "target", target)
     choice("kind", kind, ("l1", "l2")), choice("reduction", reduction, ("mean", "sum"))
     path = widened(path)
-    diff = (path - target.to(path.dtype)).flatten(1)
+    diff = (path - target.to(path.dtype)).unsqueeze(1).flatten(1)
     diff = diff.abs() if kind == "l1" else diff.square()
     return diff.mean(1) if reduction == "mean" else diff.sum(1)

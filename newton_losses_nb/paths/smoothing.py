@@ -122,6 +122,7 @@ class _Blackbox(torch.autograd.Function):
     def forward(ctx, y, solver, lam, floor):
         w = solver(raised(y, floor).clone())         # some solve in place
         check_tensor("solver", w)
+        w = w.to(y.dtype)                            # whole numbers have no gradient
         ctx.solver, ctx.lam, ctx.floor = solver, lam, floor
         ctx.save_for_backward(y, w)
         return w
@@ -131,7 +132,7 @@ class _Blackbox(torch.autograd.Function):
     def backward(ctx, g):
         y, w = ctx.saved_tensors
         moved = raised(y + ctx.lam*g, ctx.floor)
-        return -(w - ctx.solver(moved))/ctx.lam, None, None, None
+        return -(w - ctx.solver(moved).to(w.dtype))/ctx.lam, None, None, None
 
 def blackbox(
     solver:Callable,          # Maps costs to best solutions, smallest ⟨w, y⟩

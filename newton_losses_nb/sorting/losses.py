@@ -65,6 +65,7 @@ class SortingLoss(nn.Module):
     def forward(self, s:Float[Tensor, "*batch n"],
                 P_true:Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
         "Loss of every sample; `P_true` is from `true_permutation`"
+        if isinstance(s, Tensor) and s.is_floating_point(): s = widened(s)
         return ranking_loss(self.permutation(s, self.log), P_true, self.kind, self.log)
 
     def extra_repr(self):
@@ -74,15 +75,15 @@ class SortingLoss(nn.Module):
 
 # %% ../../nbs/sorting/03_losses.ipynb #463cee40
 def _cross_entropy_rows(L:Float[Tensor, "n n N"], T:Float[Tensor, "n n N"]) -> tuple:
-    "Cross-entropy of logits: losses, gradients, δ, rows U, their weights"
+    "Cross-entropy of logits: losses, gradients, a function for δ, rows U, their weights"
     log_P, r = L.log_softmax(1), T.sum(1, keepdim=True)
     P = log_P.exp()
     rP = r*P
-    return -(T*log_P).sum((0, 1)), rP - T, rP, P, lambda X: -r*X
+    return -(T*log_P).sum((0, 1)), rP - T, lambda: (rP, P, lambda X: -r*X)
 
 # %% ../../nbs/sorting/03_losses.ipynb #b9891a29
 def _bce_rows(L:Float[Tensor, "n n N"], T:Float[Tensor, "n n N"]) -> tuple:
-    "Binary cross-entropy of logits: losses, gradients, δ, rows U, their weights"
+    "Binary cross-entropy of logits: losses, gradients, a function for δ, U, weights"
     n, (best, place) = len(L), L.max(1, keepdim=True)
     top = place == torch.arange(n, device=L.device)[:, None]
     second = L.masked_fill(top, -torch.inf).amax(1, keepdim=True)
@@ -90,16 +91,20 @@ def _bce_rows(L:Float[Tensor, "n n N"], T:Float[Tensor, "n n N"]) -> tuple:
     gap, S = best - second, near.sum(1, keepdim=True)
     e = near*(-gap).exp()
     Z, others = 1 + e.sum(1, keepdim=True), S.log() - gap
-    R, e, f = Z - e, e.masked_fill(top, 1), (1 - T).masked_fill(top, 0)
-    missed = (1 - T - f).sum(1, keepdim=True)
+    R, e, rest = Z - e, e.masked_fill(top, 1), 1 - T
+    f = rest.masked_fill(top, 0)
+    missed = (rest - f).sum(1, keepdim=True)
     a, wQ = f/R, near*(missed/S)
-    b, h = a/R, e*(n/Z - a.sum(1, keepdim=True) + a) - wQ
+    h = e*(n/Z - a.sum(1, keepdim=True) + a) - wQ
     loss = (n*Z.log() - missed
             *others).sum((0, 1)) - (T*(L - best) + f*R.log()).sum((0, 1))
-    def weigh(X):
-        E, bE, Q = X.split(n)
-        return torch.cat([(b.sum(1, keepdim=True) - n/Z**2)*E - bE, -E, Q*missed])
-    return loss, h - T, h + b*e*e, torch.cat([e, b*e, near/S]), weigh
+    def second():
+        b = a/R
+        def weigh(X):
+            E, bE, Q = X.split(n)
+            return torch.cat([(b.sum(1, keepdim=True) - n/Z**2)*E - bE, -E, Q*missed])
+        return h + b*e*e, torch.cat([e, b*e, near/S]), weigh
+    return loss, h - T, second
 
 # %% ../../nbs/sorting/03_losses.ipynb #cfe3300a
 def _contract(A, B):
@@ -114,29 +119,31 @@ def _neural_derivatives(z, T, rows, hessian):
     "Loss, gradient and Hessian in the scaled scores, the samples last"
     n = len(z)
     c = torch.arange(1 - n, n, 2, dtype=z.dtype, device=z.device)[:, None, None]
-    D = z.unsqueeze(1) - z
-    loss, g, d, U, weigh = rows(c*z - D.abs().sum(1), T)
-    M = -D.sign()
+    D = z - z.unsqueeze(1)
+    loss, g, second = rows(c*z - D.abs().sum(1), T)
+    M = D.sign()
     M.diagonal().sub_(M.sum(1).T)
-    if not hessian:
-        return loss, (c*g).sum(0) - _contract(g.sum(0, keepdim=True), M)[0], None
-    UM, cd = _contract(torch.cat([U, g.sum(0, keepdim=True)]), M), c*d
-    X, K = (U.unflatten(0, (-1, n))*c).flatten(0, 1) - UM[:-1], cd.sum(0).unsqueeze(1)*M
+    G = (c*g).sum(0) - (g.sum(0).unsqueeze(1)*M).sum(0)
+    if not hessian: return loss, G, None
+    d, U, weigh = second()
+    UM, cd = _contract(U, M), c*d
+    X, K = (U.unflatten(0, (-1, n))*c).flatten(0, 1) - UM, cd.sum(0).unsqueeze(1)*M
     weighed = torch.cat([weigh(X), d.sum(0).unsqueeze(1)*M])
     H = _contract(torch.cat([X, M]).transpose(0, 1), weighed) - K - K.transpose(0, 1)
     H.diagonal().add_((c*cd).sum(0).T)
-    return loss, (c*g).sum(0) - UM[-1], H
+    return loss, G, H
 
 # %% ../../nbs/sorting/03_losses.ipynb #622d8d8c
 def _soft_derivatives(z, T, rows, hessian):
     "Loss, gradient and Hessian in the scaled scores, the samples last"
     n, (ordered, place) = len(z), z.sort(0)
     D = ordered.unsqueeze(1) - z
-    loss, g, d, U, weigh = rows(-D.abs(), T)
+    loss, g, second = rows(-D.abs(), T)
     S = D.sign()
     gS = g*S
     G = gS.sum(0).scatter_add(0, place, -gS.sum(1))
     if not hessian: return loss, G, None
+    d, U, weigh = second()
     E = (place.unsqueeze(1) == torch.arange(n, device=z.device)[:, None]).to(z.dtype)
     US, Y = U.unflatten(0, (-1, n))*S, d*S*S
     X = (US - US.sum(2, keepdim=True)*E).flatten(0, 1)

@@ -20,7 +20,7 @@ def centred(
     s:Float[Tensor, "*batch n"],  # Scores
     gain:float=1.,                # Factor to multiply them with: 1/τ
     limit:float=1e30,             # Largest size of the result
-) -> Float[Tensor, "*batch n"]:   # Differences from the first score, times `gain`
+) -> Float[Tensor, "*batch n"]:   # Differences from a middle score, times `gain`
     "Scaled scores without their common offset: finite for finite scores, else NaN"
     known = isinstance(s, Tensor) and s.is_floating_point() and s.ndim
     if not known or not s.shape[-1]:
@@ -30,7 +30,8 @@ def centred(
     s = widened(s)
     most = min(limit/gain/2, torch.finfo(s.dtype).max/4)
     z = s.clamp(-most, most)
-    z = torch.add(z - z[..., :1].detach(), s.detach(), alpha=0)
+    middle = z.detach().sort(-1).values.narrow(-1, s.shape[-1]//2, 1)
+    z = torch.add(z - middle, s.detach(), alpha=0)
     return z if gain == 1 else z*gain
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #c4e9d512
@@ -126,8 +127,10 @@ def ranking_loss(
     P, n = widened(P), P.shape[-1]
     T = P_true.to(P.dtype)
     if kind == "bce_clamped":
-        return F.binary_cross_entropy(P.exp() if log else P, T,
-                                      reduction='none').mean((-2, -1))
+        P = P.exp() if log else P
+        known = P.masked_fill(off := P.isnan(), 0.)  # it refuses NaN
+        loss = F.binary_cross_entropy(known, T, reduction="none")
+        return loss.masked_fill(off, torch.nan).mean((-2, -1))
     log_P = P if log else P.clamp_min(torch.finfo(P.dtype).tiny).log()
     if kind == "cross_entropy": return -(T*log_P).sum((-2, -1))/n
     return -(T*log_P + (1 - T)*log_complement(log_P)).mean((-2, -1))
