@@ -21,7 +21,7 @@ from newton_losses_nb.paths.terrain import load_maps
 
 MAKE = dict(sorting=(SortingTask, sorting_config), paths=(PathTask, path_config), classification=(ClassificationTask, classification_config),
             ablation=(AblationTask, ablation_config))
-STORED = {"sorting": "sorting_cpu sorting_cpu_tuning choosing_cpu hard_cpu hard_cpu_tuning", "paths": "paths_cpu paths_cpu_tuning",
+STORED = {"sorting": "sorting_cpu sorting_cpu_tuning choosing_cpu hard_cpu hard_cpu_tuning hard_cpu_map hard_cpu_cnn", "paths": "paths_cpu paths_cpu_tuning",
           "classification": "classification_cpu classification_cpu_tuning",
           "ablation": " ".join(f"ablation_{k}_cpu" for k in ("curvature", "damping", "noise", "targets", "transfer", "tuning"))}
 DERIVED = {"paths": ("task", "steps"), "classification": ("task", "steps", "setting", "loss")}
