@@ -31,7 +31,7 @@ def _sweep(cost, d, col, best, n):
 
 # %% ../../nbs/paths/00_exact.ipynb #07e96802
 def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
-    "Distances `(B+1, H+2, W+2)`, the first empty, and which maps are settled"
+    "Distances without the start, `(B+1, H+2, W+2)`, the first empty; settled maps"
     B, H, W = cost.shape
     found = cost.new_full((B + 1, H + 2, W + 2), torch.inf)
     settled = torch.ones(B, dtype=torch.bool, device=cost.device)
@@ -240,7 +240,7 @@ def regret(
 def cost_optimality(
     cost:Float[Tensor, "*batch H W"],  # True costs
     path:Shaped[Tensor, "*batch H W"], # Predicted path
-    rel:float=1e-3,  # Accepted excess, as a fraction of the smallest cost
+    rel:float=1e-3,  # Accepted excess, as a fraction of the best path's
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
     check_same_shape("path", path, "cost", cost)

@@ -162,8 +162,8 @@ def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "
 def relaxed_bellman_ford(
     cost:Float[Tensor, "*batch H W"],  # Cost of each cell, finite: no walls
     beta:float,                        # Inverse temperature β: large is sharp
-    n_iter:int|None=None,              # Sweeps; None: H + W, enough for fewer steps
-    loop:str="for",  # "for": `n_iter` steps back; "while": 16 more, to the start
+    n_iter:int|None=None,              # Sweeps; None: H + W, for paths of fewer steps
+    loop:str="for",  # "for": `n_iter` steps back; "while": 16 more, ends softly
     t_conorm:str="probabilistic",      # "probabilistic", "hamacher" or "yager"
 ) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
     "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"

@@ -264,9 +264,9 @@ def download_warcraft(
 def load_maps(
     data:str='terrain', # 'terrain' (generated, offline) or 'warcraft' (downloaded once)
     data_dir:str|Path|None=None,  # Folder of official files, instead of `data`
-    train:int|None=2000,          # Most maps to train on; None: all official ones
-    valid:int|None=500,           # Most maps to choose by
-    test:int|None=500,            # Most maps to report
+    train:int|None=2000,          # Training maps, at most; None: all official ones
+    valid:int|None=500,           # Validation maps, at most
+    test:int|None=500,            # Test maps, at most
     size:int=12,                  # Tiles a side
     seed:int=0,                   # Seed of generated maps
     cache_dir:str|Path|None=None, # Where downloads are kept; None: the system's cache
