@@ -110,7 +110,7 @@ def cut(self:Evidence, real:Bool[Tensor, "m"]) -> Evidence:
 # %% ../../nbs/core/02_evidence.ipynb #69841c84
 @patch(as_prop=True)
 def outputs(self:Evidence) -> Float[Tensor, "*b"]|int:
-    "How many outputs some sample has"
+    "How many outputs at least one sample has"
     if not isinstance(self.count, Tensor): return self.square.shape[-1]
     return self.count.sign().sum(-1).clamp_min(1)
 

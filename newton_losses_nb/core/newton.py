@@ -37,7 +37,7 @@ class OutputLoss(nn.Module):
         loss_fn:Callable,                # Per-sample loss: `loss_fn(y, *args)` is (N,)
         direction:Direction=Direction(), # What is sent back
         chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
-        check:bool=True,                 # Check derivatives at first? "skip" does not
+        check:bool=True,                 # Check derivatives at first? (Not with "skip")
         on_nonfinite:str="raise",        # At NaN: "raise", "skip", plain "gradient"
         group="auto",                    # Processes that share: "auto", a group, None
     ):
@@ -441,7 +441,7 @@ class NewtonLoss(OutputLoss):
         lam:SupportsFloat|str|Callable="auto", # Damping λ: number, "auto", function
         eigenvalues:str="raw",            # Negative ones of a Hessian: raw, abs, clip
         chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
-        check:bool=True,                  # Check derivatives at first? "skip" does not
+        check:bool=True,                  # Check derivatives at first? (Not with "skip")
         on_nonfinite:str="raise",         # At NaN: "raise", "skip", plain "gradient"
         group="auto",                     # Processes that share: "auto", a group, None
     ):
