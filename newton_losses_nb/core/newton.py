@@ -87,7 +87,7 @@ class OutputLoss(nn.Module):
 
     @property
     def cosine(self) -> float:
-        "Between what was sent back last and the gradient; 1: the plain gradient"
+        "Of the last call's directions with the gradients; 1: the plain gradient"
         if "sent" not in self.__dict__: raise ValueError(
             "cosine: expected a step before, got none since this loss was made")
         G, D = self.__dict__["sent"]
