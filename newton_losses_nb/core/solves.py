@@ -140,11 +140,11 @@ def _gram_step(K, e, G, lam):
     "Rows (F + λI)⁻¹G_i by a Cholesky factor; K = gram(e.mean)"
     K = K.clone()
     K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(K).L)
-    if e.rows.shape[-2] >= e.rows.shape[-1]: return G @ inverse
-    if e.rows is G: return inverse @ G
+    L = torch.linalg.cholesky_ex(K).L                # the inverse would read its numbers
+    if e.rows.shape[-2] >= e.rows.shape[-1]: return torch.cholesky_solve(G.mT, L).mT
+    if e.rows is G: return torch.cholesky_solve(G, L)
     A = e.mean
-    return (G - G @ A.mT @ inverse @ A)/lam[..., None, None]
+    return (G - torch.cholesky_solve(A @ G.mT, L).mT @ A)/lam[..., None, None]
 
 # %% ../../nbs/core/03_solves.ipynb #0a067609
 def _take(X, i): return X.gather(-2, i.unsqueeze(-1).expand(*i.shape, X.shape[-1]))
