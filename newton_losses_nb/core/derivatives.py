@@ -223,9 +223,9 @@ class _Padded:
             i = (sizes == k).nonzero()[:, 0]
             def cut(a, at=None):
                 if not isinstance(a, Tensor) or not a.ndim: return a
-                _, m, *more = *a.shape[:2], *[-1]*(a.ndim < 2), *a.shape[2:]
-                if m != y.shape[1] or len(a) not in (1, len(y)):
+                if a.shape[1:2] != y.shape[1:] or len(a) not in (1, len(y)):
                     return a[i] if len(a) == len(y) else a
+                m, *more = a.shape[1:]
                 if k < m and m in more: raise ValueError(
                     f"args[{at}]: expected the {m} outputs along one axis, the second, "
                     f"got shape {[*a.shape]}; make this in the loss from what has "
