@@ -89,6 +89,8 @@ def queue():
     for r in RELAXATIONS: yield r, "none", SHORT, MORE, bce
     for r, best in zip(RELAXATIONS, ("scalar", "clip")): # The controls best on seeds 0-4
         for m in ("default", best): yield r, m, SHORT, MOST, {}
+    for m, more in ("fisher", {}), ("none", bce), ("scalar", {}): # Once more, other seeds
+        yield "neural_sort", m, LONGER, MOST[:5], more
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
