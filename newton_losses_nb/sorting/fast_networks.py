@@ -39,29 +39,33 @@ def _plan(n, network, device, dtype):
     return [group for layer in layers for group in _groups(layer)], sign
 
 def _pair(Z, group):
-    "Both rows of each comparator, (blocks, width, 2, ...), and each of them, as views"
+    "Both rows of each comparator, the pair first, and each of them, as views"
     (first, blocks, jump, width), (row, *rest) = group, Z.stride()
-    both = Z.as_strided((blocks, width, 2, *Z.shape[1:]),
-                        (2*jump*row, row, jump*row, *rest),
+    many = [o for o in ((blocks, 2*jump*row), (width, row)) if o[0] > 1] or [(1, row)]
+    sizes, strides = zip(*many)
+    both = Z.as_strided((2, *sizes, *Z.shape[1:]), (jump*row, *strides, *rest),
                         Z.storage_offset() + first*row)
-    return both, *both.unbind(2)
+    return both, *both.unbind()
 
 def _steps(Z, groups, *stacks):
     "Rows that each group compares, and its parts of stacks by comparator"
     pairs, sizes = {g: _pair(Z, g) for g in set(groups)}, [g[1]*g[3] for g in groups]
-    parts = [[o.view(g[1], g[3], *o.shape[1:]) for o, g in zip(S.split(sizes), groups)]
-             for S in stacks]
-    return list(zip([pairs[g] for g in groups], *parts))
+    def parts(S):
+        at = S.ndim - Z.ndim                         # 1: a stack of pairs
+        for (_, blocks, _, width), o in zip(groups, S.split(sizes, at)):
+            yield o.unflatten(at, (blocks, width)) if blocks > 1 < width else o
+    return list(zip([pairs[g] for g in groups], *map(parts, stacks)))
+
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #acfcbce8
 def _mix(Z, network, relaxation, steepness):
     "Send rows through the network, in place; returns their differences"
     alpha = SIGMOIDS[relaxation][0]
     groups, sign = _plan(len(Z), network, Z.device, Z.dtype)
-    D = Z.new_empty(len(sign), *Z.shape[1:])
-    for (_, low, high), d, up in _steps(Z, groups, D, sign):
+    D, beta = Z.new_empty(len(sign), *Z.shape[1:]), (steepness*sign).unsqueeze(-1)
+    for (_, low, high), d, up in _steps(Z, groups, D, beta):
         torch.sub(high, low, out=d)
-        v = steep(d[..., -1]*up, relaxation, steepness).unsqueeze(-1)
+        v = steep(d[..., -1:], relaxation, up)
         step = alpha(-v.abs())*d                     # not 1 − α(v), rounded to 0
         swap, a, b = v < 0, low + step, high - step
         torch.where(swap, b, a, out=low)
@@ -97,16 +101,15 @@ def _slopes(c, relaxation, steepness, order=2):
         return _autograd_slopes(c, relaxation, steepness, order)
     v, alpha = steep(c, relaxation, steepness), SIGMOIDS[relaxation][0]
     a, b = alpha(v), alpha(-v)
-    if relaxation == "logistic":
-        first, up, down = a*b, b, -a
-        second = -first*(v/2).tanh(), -first, -first
-    else:
-        first = 1/(math.pi*(1 + v*v))
-        bend, up, down = -2*math.pi*v*first*first, first/a, -first/b
-        second = bend, bend/a - up*up, -bend/b - down*down
-    held = (steepness*c).abs() > 1e10
-    return [(steepness**k*o).masked_fill(held, 0.)
-            for k, os in ((1, (first, up, down)), (2, second))[:order] for o in os]
+    first = a*b if relaxation == "logistic" else 1/(math.pi*(1 + v*v))
+    up, down = (b, -a) if relaxation == "logistic" else (first/a, -first/b)
+    found, held = [steepness*o for o in (first, up, down)], (steepness*c).abs() > 1e10
+    if order > 1 and relaxation == "logistic":
+        found += [steepness**2*o for o in (-first*(v/2).tanh(), -first, -first)]
+    elif order > 1:
+        bend = -2*math.pi*v*first*first
+        found += [steepness**2*o for o in (bend, bend/a - up*up, -bend/b - down*down)]
+    return [o.masked_fill(held, 0.) for o in found]
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #d5a88e42
 def _backward(g, D, network, relaxation, steepness):
@@ -115,14 +118,14 @@ def _backward(g, D, network, relaxation, steepness):
     groups, sign = _plan(n, network, g.device, g.dtype)
     c = D[..., n]*sign
     w = SIGMOIDS[relaxation][0](-steep(c, relaxation, steepness)).unsqueeze(-1)
-    slope = _slopes(c, relaxation, steepness, 1)[0]*sign
+    slope = (_slopes(c, relaxation, steepness, 1)[0]*sign).unsqueeze(-1)
     G = g.new_zeros(n, N, n + 1)
     G[..., :n] = g.transpose(0, 1)
     for (_, low, high), w, slope, c in reversed(_steps(G, groups, w, slope, D)):
         d = high - low
-        along = (d*c).sum(-1)
+        along = (d*c).sum(-1, keepdim=True)
         d *= w
-        d[..., n].addcmul_(along, slope, value=-1)
+        d[..., n:].addcmul_(along, slope, value=-1)
         low += d
         high -= d
     return G[..., n].T
@@ -139,8 +142,7 @@ def _log_forward(x, network, relaxation, steepness):
     L.diagonal(dim1=0, dim2=2).zero_()
     for (both, low, high), d, p, q in _steps(L, groups, delta, stay, swap):
         torch.sub(low, high, out=d)
-        (low_p, high_p), (low_q, high_q) = ((both + o.unsqueeze(2)).unbind(2)
-                                            for o in (p, q))
+        (low_p, high_p), (low_q, high_q) = both + p, both + q
         torch.logaddexp(low_p, high_q, out=low)
         torch.logaddexp(low_q, high_p, out=high)
     return L, (C, stay - swap, delta)
@@ -148,15 +150,16 @@ def _log_forward(x, network, relaxation, steepness):
 # %% ../../nbs/sorting/02_fast_networks.ipynb #e6865497
 def _weights_back(G, groups, W, M):
     "Gradients in log α and log (1 − α); G becomes that in the first L"
-    sums = torch.empty_like(M[..., 0])
+    sums = torch.empty_like(M[..., :1])
     for (both, low, high), w, m, total in reversed(_steps(G, groups, W, M, sums)):
         m.addcmul_(w, both)
-        torch.sum(both, -1, out=total)
+        torch.sum(both, -1, keepdim=True, out=total)
         high += low
-        torch.add(*m.unbind(2), out=low)
+        torch.add(*m, out=low)
         high -= low
-    (low, high), (own, other) = sums.unbind(1), M.sum(-1).unbind(1)
+    (low, high), (own, other) = sums[..., 0], M.sum(-1)
     return high + own - other, low - own + other
+
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #6f9d789b
 def _scores_back(n, groups, keep, push):
@@ -172,7 +175,7 @@ def _log_backward(g, kept, network, relaxation, steepness, order=1):
     "Gradient in the scores from one in log P, and what a Hessian needs (`order` 2)"
     (C, r, delta), G = kept, _swapped(g)
     groups, sign = _plan(len(G), network, G.device, G.dtype)
-    W = (delta.unsqueeze(1) + torch.stack([r, -r], 1)).sigmoid_()
+    W = (delta + torch.stack([r, -r])).sigmoid_()
     M = torch.zeros_like(W)
     p, q = _weights_back(G, groups, W, M)
     a1, p1, q1, *_ = slopes = _slopes(C, relaxation, steepness, order)
@@ -238,14 +241,15 @@ def _score_tangents(n, groups, sign, kappa):
 # %% ../../nbs/sorting/02_fast_networks.ipynb #16bfb3e5
 def _weight_tangents(n, groups, W, dp, dq):
     "Derivatives of log P, (n, n - 1, N, n), and of the arguments E of the shares"
-    L, E = dp.new_zeros(n, *dp.shape[1:], n), dp.new_empty(len(dp), 2, *dp.shape[1:], n)
-    swapped, dr = torch.stack([dq, dp], 1).unsqueeze(-1), torch.stack(
-        [dp - dq, dq - dp], 1).unsqueeze(-1)
+    L, E = dp.new_zeros(n, *dp.shape[1:], n), dp.new_empty(2, *dp.shape, n)
+    swapped, dr = torch.stack([dq, dp]).unsqueeze(-1), torch.stack(
+        [dp - dq, dq - dp]).unsqueeze(-1)
     steps = _steps(L, groups, E, W.unsqueeze(2), dr, swapped)
     for (both, low, high), e, w, r, add in steps:
-        torch.add((low - high).unsqueeze(2), r, out=e)
-        torch.addcmul(high.unsqueeze(2) + add, w, e, out=both)
+        torch.add(low - high, r, out=e)
+        torch.addcmul(high + add, w, e, out=both)
     return L, E
+
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #3d22a08c
 def _loss_tangents(L, T, kind, dL):

@@ -162,11 +162,12 @@ def ranking_gradient(
     n = log_P.shape[-1]
     if kind == "cross_entropy": return -(T*log_P).sum((-2, -1))/n, -T/n
     top = one_hot(log_P.argmax(-1), n)
-    rest = log_P.masked_fill(top, -1e30)
-    most = rest.amax(-1, keepdim=True)
-    P, Q = rest.exp(), (rest - most).exp()
+    L = log_P.masked_fill(top, -1e30)
+    most = L.amax(-1, keepdim=True)
+    P, Q = L.exp(), (L - most).exp()
     total = Q.sum(-1, keepdim=True)
     others, Q = most + total.log(), Q/total
-    loss = -(T*log_P + (1 - T)*torch.where(top, others, torch.log1p(-P))).mean((-2, -1))
-    missed = ((1 - T)*top).sum(-1, keepdim=True)
-    return loss, ((1 - T)*P/(1 - P) - T - missed*Q)/n**2
+    rest = 1 - T
+    loss = -(T*log_P + rest*torch.where(top, others, torch.log1p(-P))).mean((-2, -1))
+    missed = (rest*top).sum(-1, keepdim=True)
+    return loss, (rest*P/(1 - P) - T - missed*Q)/n**2
