@@ -14,10 +14,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from newton_losses_nb import (
-    Clip, DiagonalFisher, DiagonalHessian, Direction, Fisher, Hessian, Krylov, MovingAverage,
+    Clip, DiagonalFisher, DiagonalHessian, Direction, FenchelYoungLoss, Fisher, Hessian, Krylov, MovingAverage,
     NewtonLoss, Noise, Normalize, OutputLoss, PerSample, Remembering, SmoothedAlgorithmLoss, SmoothedLoss,
-    SortingLoss, Whiten, Window, check_loss, inject_fisher, newton_direction, soft_sort, true_permutation, ClippedLoss, ScalarStepLoss)
-from newton_losses_nb.core.adapters import per_sample
+    SortingLoss, Whiten, Window, check_loss, inject_fisher, neural_sort, newton_direction, soft_sort, true_permutation, ClippedLoss, ScalarStepLoss)
+from newton_losses_nb.core.adapters import per_sample, permutation_loss
 
 SECOND = {"hessian": lambda lam: Hessian(lam), "diagonal": lambda lam: DiagonalHessian(lam),
           "krylov": lambda lam: Krylov(lam, tol=1e-7), "own": lambda lam: PerSample(Hessian(lam)),
@@ -997,3 +997,133 @@ def test_copies_leave_the_last_batch_behind():
 
 def test_a_class_in_place_of_a_direction():
     with pytest.raises(TypeError, match=r"curvature: expected a direction, such as Whiten\(\), got <class"): NewtonLoss(Drawn(), Whiten)
+
+# ---------------------------------------- what is found at a first call must be able to show it
+
+MASK = torch.ones(4, 3, dtype=torch.bool)
+MASK[2:, 2] = False
+
+def test_a_cut_is_judged_when_a_batch_is_cut_first():
+    "Targets in a list, after a batch that was not cut"
+    def f(y, names): return torch.stack([(r - len(s)).square().sum() for r, s in zip(y, names)])
+    loss, y, names = OutputLoss(f), torch.randn(4, 3, requires_grad=True), ["a", "bb", "ccc", "dddd"]
+    loss(y, names)
+    with pytest.raises(ValueError, match=r"args\[0\]: expected one row per sample"): loss(y, names, mask=MASK)
+
+def leaky(y, t=1.): return (y - y.mean(0)).square().sum(1) + t*y.square().sum(1)
+
+def test_independence_is_judged_by_sets_of_one_size():
+    loss, y = OutputLoss(leaky), torch.randn(3, 4, requires_grad=True)
+    loss(y, mask=torch.arange(4) < torch.tensor([2, 3, 4])[:, None])
+    with pytest.raises(ValueError, match="expected independent samples"): loss(y)
+
+def test_independence_is_judged_beside_NaN():
+    y, t = torch.randn(3, 4, requires_grad=True), torch.tensor([1., torch.nan, 1.])
+    with pytest.raises(ValueError, match="expected independent samples"): OutputLoss(leaky, on_nonfinite="gradient")(y, t)
+
+def test_a_convention_is_kept_from_three_scores_on():
+    relax = permutation_loss(lambda s: neural_sort(s, .3).flip(-2))
+    y, mask = torch.randn(4, 3, requires_grad=True), MASK.clone()
+    mask[0, 1:] = False
+    OutputLoss(relax)(y, torch.rand(4, 3), mask=mask)
+    assert relax.convention == ("rows", True)
+
+def test_the_reduction_is_judged_by_two_samples():
+    f = per_sample(nn.CrossEntropyLoss(weight=torch.tensor([1., 5, 10])))
+    y, t = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    f(y[:1], t[:1])
+    with pytest.raises(ValueError, match="reduction: expected the mean"): f(y, t)
+
+def defaults(w): return lambda y, t, w=w: (y*w - t).square().sum(1)
+def keywords(w): return lambda y, t, *, w=w: (y*w - t).square().sum(1)
+def of_class(w, method=False):
+    class Loss:
+        k = w
+        def __call__(self, y, t): return (y*self.k - t).square().sum(1)
+        @classmethod
+        def of(cls, y, t): return (y*cls.k - t).square().sum(1)
+    return Loss.of if method else Loss()
+
+@pytest.mark.parametrize("make", [defaults, keywords, of_class, functools.partial(of_class, method=True)])
+def test_parameters_let_loose_in_defaults_and_classes(make):
+    w, y, t = nn.Parameter(torch.tensor(.5)), torch.randn(4, 3), torch.randn(4, 3)
+    loss = NewtonLoss(make(w))
+    w.requires_grad_(False)
+    loss(y.clone().requires_grad_(), t)
+    w.requires_grad_(True)
+    loss(y.clone().requires_grad_(), t).backward()
+    assert_close(w.grad, (2*y*(w.detach()*y - t)).sum(1).mean())
+
+class Rooted(nn.Module):
+    "Its gradient, and not its value, is NaN where a first output is right"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.))
+    def forward(self, y, t): return self.w*(y - t).square().sum(1) + (y[:, 0] - t[:, 0]).abs().sqrt()
+
+@pytest.mark.parametrize("how", ["skip", "gradient"])
+def test_parameters_learn_from_what_takes_part(how):
+    y = torch.tensor([[1., 2], [3, 4], [5, 6], [7, 8]])
+    t = y - 1
+    t[3] = torch.tensor([7., 0.])
+    loss = Rooted()
+    OutputLoss(loss, on_nonfinite=how)(y.requires_grad_(), t).backward()
+    assert loss.w.grad == 2
+
+class Wrong:
+    "A loss whose own gradient has another shape"
+    def __init__(self, *found): self.found = found
+    def __call__(self, y): return y.square().sum(1)
+    def derivatives(self, y, hessian): return tuple(o(y) for o in self.found)
+
+SUM, TWICE = lambda y: y.square().sum(1), lambda y: 2*y
+@pytest.mark.parametrize("found,said", [((SUM, lambda y: y.mean(0), SUM), "expected a gradient of shape"), ((SUM, TWICE), "expected losses, gradients, and"),
+                                        ((SUM, TWICE, lambda y: None), "expected a Hessian of shape")])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_own_derivatives_of_other_shapes(found, said, mask):
+    with pytest.raises(ValueError, match=f"derivatives of loss_fn: {said}"):
+        NewtonLoss(Wrong(*found), "hessian")(torch.randn(4, 3, requires_grad=True), mask=mask)
+
+@pytest.mark.parametrize("inplace", [lambda z: z.div_(2), lambda z: torch.relu_(z), lambda z: z.sigmoid_()])
+def test_inject_fisher_before_an_operation_in_place(inplace):
+    x, t = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    def grad(change):
+        own = x.clone().requires_grad_()
+        (change(inject_fisher(1*own, .1)) - t).square().sum(1).mean().backward()
+        return own.grad
+    assert_close(grad(inplace), grad(lambda z: inplace(z.clone())))
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hessian_that_float32_cancels_is_not_refused(seed):
+    "Cross-entropy of a trained model, and a smooth absolute value"
+    torch.manual_seed(seed)
+    t = torch.randint(0, 10, (50,))
+    y = (2*torch.randn(50, 10) + 15*nn.functional.one_hot(t, 10)).requires_grad_()
+    assert NewtonLoss(nn.CrossEntropyLoss(reduction="none"), "hessian")(y, t).isfinite()
+    y, t = 10*torch.randn(50, 5), 10*torch.randn(50, 5)
+    assert NewtonLoss(lambda y, t: ((y - t)**2 + 1e-6).sqrt().sum(1), "hessian")(y.requires_grad_(), t).isfinite()
+
+def test_krylov_without_curvature_and_damping():
+    f, y = lambda y: y.abs().sum(1), torch.randn(5, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="lam: C .* is singular"): OutputLoss(f, Krylov(0.))(y)
+
+def test_a_negative_eigenvalue_under_a_power():
+    with pytest.raises(ValueError, match="or a power is of a negative eigenvalue"):
+        OutputLoss(lambda y: y[:, 0]*y[:, 1], Hessian(1e-3, power=.5))(torch.randn(5, 2, requires_grad=True))
+
+def cheapest(c): return (c == c.amin(-1, keepdim=True)).to(c)
+
+def test_a_resumed_run_draws_the_same_noise_of_its_own():
+    "A generator of the loss's own, and batches that are cut"
+    def run(remade):
+        own, grads = torch.Generator().manual_seed(0), []
+        def make(): return NewtonLoss(FenchelYoungLoss(cheapest, Noise(generator=own)), chunk_size=2)
+        loss = make()
+        for k in range(3):
+            draw = torch.Generator().manual_seed(k)
+            y, w = (torch.rand(4, 5, generator=draw) for _ in range(2))
+            loss(y.requires_grad_(), cheapest(w)).backward()
+            grads.append(y.grad)
+            if remade: loss = make()
+        return torch.stack(grads)
+    assert torch.equal(run(False), run(True))

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from newton_losses_nb import NewtonLoss
+from newton_losses_nb import NewtonLoss, SortingLoss
 from newton_losses_nb.paths.relaxed import path_loss, relaxed_bellman_ford
 from newton_losses_nb.paths.exact import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
 from newton_losses_nb.paths.fenchel_young import FenchelYoungLoss, Noise
-from newton_losses_nb.paths.smoothing import SmoothedAlgorithmLoss, SmoothedLoss, smoothed_algorithm
+from newton_losses_nb.paths.smoothing import SmoothedAlgorithmLoss, SmoothedLoss, blackbox, smoothed_algorithm
+from newton_losses_nb.sorting.losses import exact_match
 
 fast = settings(deadline=None, max_examples=30)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -198,3 +199,16 @@ def test_a_fixed_number_of_sweeps_finds_no_path_through_a_bad_cell(place, value)
 def test_loss_of_paths_that_are_one_cell():
     p, t = torch.rand(3), torch.ones(3)
     assert_close(path_loss(p, t, "l2"), (p - t).square())
+
+@pytest.mark.parametrize("loop", ["for", "while"])
+def test_one_sweep_is_a_constant_with_a_gradient(loop):
+    cost = torch.rand(2, 4, 4, requires_grad=True)
+    relaxed_bellman_ford(cost, 1., n_iter=1, loop=loop).sum().backward()
+    assert not cost.grad.any()
+
+def test_results_of_another_shape_or_kind():
+    y = torch.rand(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"solver: expected the shape of the costs, \(2, 3\), got \(2, 1\)"): blackbox(lambda c: c[:, :1], y)
+    with pytest.raises(TypeError, match="y_true: expected a tensor, got list"): FenchelYoungLoss(lambda c: c)(y, [[1.]*3]*2)
+    with pytest.raises(TypeError, match="P_true: expected a tensor, got list"): SortingLoss()(y, [[0, 1, 2]]*2)
+    with pytest.raises(TypeError, match="labels: expected a tensor, got list"): exact_match(y, [[0, 1, 2]]*2)

@@ -48,7 +48,7 @@ class per_sample(nn.Module):
                 f"{found.item():.6g}, for the batch, got {whole.sum().item():.6g} (the "
                 "other reduction? weights, an ignored class, statistics of the batch, "
                 "noise?); check=False accepts it")
-        self.check = False
+        self.check = len(y) < 2                      # one sample shows no weights
         return loss
 
     def every(self, *given):
@@ -127,9 +127,9 @@ class permutation_loss(nn.Module):
 
     def forward(self, y, target):
         "Loss of every sample; `target` is labels `(N, n)` or permutations `(N, n, n)`"
-        if self.convention is None:
-            self.convention = _convention(self.relax, y[:1].detach(), self.log)
-        P = _to_rows(_matrix(self.relax, y), *self.convention)
+        known = self.convention or _convention(self.relax, y[:1].detach(), self.log)
+        if y.shape[-1] > 2: self.convention = known  # what pairs show is ambiguous
+        P = _to_rows(_matrix(self.relax, y), *known)
         T = true_permutation(target).to(P) if target.ndim == y.ndim else target.to(P)
         if callable(self.loss): return self.loss(P, T)
         return ranking_loss(P, T, self.loss, self.log)

@@ -10,10 +10,12 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/core/01_derivatives.ipynb #01af4a92
 class NonFiniteError(ValueError):
@@ -72,14 +74,56 @@ def exactly(device):
     return torch.autocast(device.type, enabled=False)
 
 @contextlib.contextmanager
-def unseen():
-    "A context for a trial: no checkpoint sees it, torch's generators stay as they are"
+def unseen(f=None, args=()):
+    "A context for a trial: no checkpoint sees it, random generators stay as they are"
     known = torch._C._autograd._saved_tensors_hooks_is_enabled()
     hooks = torch.autograd.graph.saved_tensors_hooks(
         *[lambda x: x]*2) if known else contextlib.nullcontext()
     cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
     devices = [torch.cuda.current_device()] if cuda else []
-    with torch.random.fork_rng(devices), hooks: yield
+    own = [(o, o.get_state()) for o in named(f, args, torch.Generator)]
+    try:
+        with torch.random.fork_rng(devices), hooks: yield
+    finally:
+        for o, state in own: o.set_state(state)
+
+# %% ../../nbs/core/01_derivatives.ipynb #7d0a5b02
+_DULL = type(None), str, bool, int, float, type, ModuleType, torch.dtype, torch.device
+_OF_MODULES = {*vars(nn.Module())} - {"_buffers"} # Attributes that all have
+
+def _of_class(o):
+    "Tensors and modules in the class `o`"
+    return [v for v in vars(o).values() if isinstance(v, (Tensor, nn.Module))]
+
+def named(f, args=(), kind=Tensor):
+    "Tensors, or what is of another kind, that `f` and `args` name, near ones"
+    todo, seen = [f, *(a for a in args if not isinstance(a, Tensor))], set()
+    for o in todo:
+        parts = []
+        if isinstance(o, kind): yield o
+        elif isinstance(o, Tensor): continue
+        elif isinstance(o, nn.Module):
+            if kind is Tensor: yield from o.parameters()
+            if o is f: parts = [v for k, v in vars(o).items() if k not in _OF_MODULES]
+            parts += _of_class(type(o))
+        elif isinstance(o, (list, tuple, set)): parts = o
+        elif isinstance(o, dict): parts = o.values()
+        elif isinstance(o, partial): parts = o.func, o.args, o.keywords
+        elif isinstance(o, MethodType):
+            own = o.__self__
+            parts = own, o.__func__, *(_of_class(own) if isinstance(own, type) else ())
+        elif isinstance(o, FunctionType):
+            parts = [c.cell_contents for c in o.__closure__ or ()]
+            parts += [o.__defaults__, o.__kwdefaults__]
+            parts += [o.__globals__.get(k) for k in o.__code__.co_names]
+        else: parts = [*getattr(o, "__dict__", {}).values(), *(
+            getattr(o, k, None) for k in getattr(type(o), "__slots__", ())),
+            *_of_class(type(o))]
+        if len(todo) > 1000: continue
+        for x in islice(parts, 100):
+            if isinstance(x, _DULL) or id(x) in seen: continue
+            seen.add(id(x))
+            todo.append(x)
 
 # %% ../../nbs/core/01_derivatives.ipynb #ab09a445
 def of_samples(args, lead:list, hint:str="") -> list[bool]:
@@ -120,7 +164,8 @@ def _check_independent(loss, G, y):
     order = torch.randperm(len(y), generator=seeded, device="cpu").to(y.device)
     v = 2.**-(order % (4 if y.dtype == torch.float16 else 16)).to(y.dtype)
     Gv, = torch.autograd.grad(loss, y, v.to(loss.dtype), retain_graph=True)
-    off, size = (x.detach().abs().amax() for x in (Gv/v[:, None] - G, G))
+    off, size = (x.detach().nan_to_num(0., 0., 0.).abs().amax()
+                 for x in (Gv/v[:, None] - G, G))
     if off > 1e-3*size.clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
         "loss_fn: expected independent samples, but the loss of one depends on the "
         "outputs of another (a mean, normalisation or ranking over the batch inside?); "
@@ -140,16 +185,21 @@ def _check_second(loss_fn, y, args, G, products):
     y, length = y.detach(), lambda x: x.norm(dim=1)
     far, info = y.square().mean().sqrt(), torch.finfo(y.dtype)
     v = random_signs(len(y), y)*(far.where(far > 0, 1).clamp_max(1) + y.abs())
+    def like(x):
+        return [a.to(x) if isinstance(a, Tensor) and a.is_floating_point() else a
+                for a in args]
     def gradient(x):
-        given = [a.to(x) if isinstance(a, Tensor) and a.is_floating_point() else a
-                 for a in args]
-        return torch.autograd.grad(loss_fn(x.requires_grad_(), *given).sum(), x)[0]
+        return torch.autograd.grad(loss_fn(x.requires_grad_(), *like(x)).sum(), x)[0]
     def changes(x):
         h = torch.finfo(x.dtype).eps**(1/3)
         once, twice = ((gradient(x + k*v) - gradient(x - k*v))/(2*k) for k in (h, 2*h))
         return once, length(twice - once), 1e2*h**2*length(G)
-    with unseen():
-        try: most, (once, doubt, noise) = .01, changes(y.double())
+    with unseen(loss_fn, args):
+        try:
+            wide, most = y.double(), .01
+            once, doubt, noise = changes(wide)
+            if y.dtype != wide.dtype: products = derivatives(
+                loss_fn, wide, *like(wide), second="products", check=False)[2]
         except Exception:                            # large steps, across many kinks
             most, (once, doubt, noise) = .5, changes(y)
         seen = products(v[None])[0].to(once)
@@ -167,7 +217,11 @@ def _check_second(loss_fn, y, args, G, products):
 # %% ../../nbs/core/01_derivatives.ipynb #81b86e96
 def _own(loss_fn, y, args, second):
     "What a loss says of itself; it gives Hessians or none"
-    loss, G, H = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
+    found = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
+    if not isinstance(found, tuple) or len(found) != 3: raise ValueError(
+        "derivatives of loss_fn: expected losses, gradients, and Hessians or None, got "
+        f"{_given(found)}")
+    loss, G, H = found
     whole = *y.shape, y.shape[1]
     for name, x, shape in ("loss", loss, y.shape[:1]), ("gradient", G, y.shape), (
             "Hessian", H, whole):
@@ -245,7 +299,7 @@ class _Padded:
         loss, G = y.new_zeros(len(y)), torch.zeros_like(y)
         H = y.new_zeros(*y.shape, y.shape[1]) if hessian else None
         for i, at, given in self.sets(y, args):
-            l, g, h = self.loss_fn.derivatives(*given, hessian=hessian)
+            l, g, h = _own(self.loss_fn, *given[:1], given[1:], hessian and "full" or None)
             loss[i], G[i[:, None], at] = l.to(loss), g.to(G)
             if hessian: H[i[:, None, None], at[:, :, None], at[:, None]] = h.to(H)
         return loss, G, H

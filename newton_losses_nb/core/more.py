@@ -137,7 +137,9 @@ def conjugate_gradient(
         Ap, n = product(p) + lam*p, n + 1
         pp, pAp = dot(p, p), dot(p, Ap)
         down = live & (pAp <= eps*(pp*dot(Ap, Ap)).sqrt())
-        if n == 1: x = (b/((pAp/pp - lam).abs() + lam).clamp_min(tiny)).where(down, x)
+        if n == 1:
+            curved = (pAp/pp - lam).abs() + lam
+            x = (b/curved.masked_fill(curved <= tiny, torch.nan)).where(down, x)
         negative, live = negative | down, live & ~down
         step = (rr/pAp).where(live, 0)
         x, r = x + step*p, (r - step*Ap).where(live, r)

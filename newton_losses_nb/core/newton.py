@@ -11,8 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import islice, zip_longest
-from types import FunctionType, MethodType, ModuleType
+from itertools import zip_longest
 from typing import SupportsFloat
 
 import torch
@@ -21,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import exactly, of_samples, random_signs
-from .derivatives import sample_losses, unseen, widened
+from .derivatives import exactly, named, of_samples
+from .derivatives import random_signs, sample_losses, unseen, widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -53,7 +52,7 @@ class OutputLoss(nn.Module):
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
         self.check, self.group, self.learns = check, group, None
         self.shared, self.padded = None, False       # by `accumulated`
-        self.checked = not check or on_nonfinite == "skip"
+        self.checked = self.judged = self.cut = not check or on_nonfinite == "skip"
 
     @torch._disable_dynamo
     def forward(
@@ -107,9 +106,9 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     if memory and remember: self._remember(e, past)
     shared = b.weight is not None or group.size > 1
     n = nonzero(group.add(b.n)/group.size) if shared else None
-    self.__dict__.update(sent=(b.G, D), taking=n)    # n samples take part
-    self.checked = self.checked or b.G.shape[-2] > 1 and (
-        b.weight is None or bool((b.n > 1).any()))
+    part = n if n is None else (n, None if b.weight is None else b.taken)
+    self.__dict__.update(sent=(b.G, D), taking=part) # how many take part, and which
+    self.checked = self.judged
     D = D.to(widened(y).dtype)
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
 
@@ -136,7 +135,7 @@ def _observe(self:OutputLoss, y, mask, args):
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
     if size >= N: return self._batch(y, mask, args, own)
     if size == 1 and not self.checked:
-        with unseen(): self._batch(*piece(0, 2), own)  # a check is of two samples
+        with unseen(self.loss_fn, args): self._batch(*piece(0, 2), own)  # two samples
     parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
@@ -155,6 +154,9 @@ def _batch(self:OutputLoss, y, mask, args, own):
         y = y.where(fine, 0)
     loss, G, H = derivatives(self.loss_fn, y, *args, second=second,
                              check=not self.checked, mask=mask)
+    if not self.judged:                              # by two samples of one size
+        sizes = y.new_ones(len(y)) if mask is None else mask.sum(1)
+        self.judged = sizes[sizes > 0].unique(return_counts=True)[1].gt(1).any().item()
     if guard:
         fine = fine & loss.isfinite().unsqueeze(-1) & G.isfinite().all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and second:
@@ -188,13 +190,15 @@ def _flat(y, mask, args, own=None):
 def _directions(self:OutputLoss, e, b, mask, y):
     "What goes back: the direction, or what `on_nonfinite` says"
     raises, find = self.on_nonfinite == "raise", self.direction
+    kind = torch.promote_types(y.dtype, torch.float32)    # in which they are sent
     if not b.G.shape[-2] and find.second != "products": return b.G  # all share in those
     for find in (find.quick, find) if raises and find.quick else (find,):
         D = find(e, b.G, mask)
         if b.weight is not None: D = D.where(b.weight > 0, 0)
-        if raises and math.isfinite((D.sum() + b.loss.sum()).item()): return D
-    if raises: return _explain(D, b, e, y)
-    found = D.isfinite().all(-1, keepdim=True)
+        sent = D.to(kind)
+        if raises and math.isfinite((sent.sum() + b.loss.sum()).item()): return D
+    if raises: return _explain(sent, b, e, y)
+    found = sent.isfinite().all(-1, keepdim=True)
     if find.shares: found = found.all(-2, keepdim=True)
     return D.where(found, 0 if self.on_nonfinite == "skip" else b.G)
 
@@ -208,8 +212,9 @@ def _explain(D, b, e, y):
             f"{name}: expected finite numbers, got {len(bad)} of {x.numel()} that are "
             f"not, first at {bad[0].tolist()}; on_nonfinite='skip' leaves such samples out")
     if D.isfinite().all(): return D
-    raise SingularError("lam: C + λI is singular, or λ is not at least 0; expected a "
-                        "larger lam, lam='auto', or eigenvalues='abs'")
+    raise SingularError("lam: C + λI is singular, λ is not at least 0, or a power is of "
+                        "a negative eigenvalue; expected a larger lam, lam='auto', or "
+                        "eigenvalues='abs'")
 
 # %% ../../nbs/core/05_newton.ipynb #24a3a6e9
 class _Once(torch.autograd.Function):
@@ -283,7 +288,7 @@ def _of_samples(self:OutputLoss, y, mask, args):
                 f"args[{i}]: expected what is either of the samples or shared by them, "
                 f"got shape {lead} with as many samples as outputs; leave the leading "
                 "dimensions of 1 away, or bind what is shared by functools.partial")
-    if y.ndim > 2 or self.checked or len(y) < 2 or not args: return own
+    if y.ndim > 2 or self.cut or len(y) < 2 or not args: return own
     N, half = len(y), len(y)//2
     def changes(mask):
         "Does a cut change the losses, though a second call does not?"
@@ -298,25 +303,29 @@ def _of_samples(self:OutputLoss, y, mask, args):
             parts = torch.cat([losses(0, half), losses(half, N)])
             if torch.allclose(whole, parts, 1e-3, small, True): return False
         return torch.equal(whole, again)
-    with unseen(): found = changes(mask)
+    with unseen(self.loss_fn, args): found = changes(mask)
     if mask is not None and not found:               # whole and parts were both cut
         y = y.where(mask, 0)                         # not every loss takes padding
-        with contextlib.suppress(Exception), unseen(): found = changes(None)
+        with contextlib.suppress(Exception), unseen(self.loss_fn, args):
+            found = changes(None)
     if found: raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o or not any(own))
         + ": expected one row per sample where a batch is cut (only tensors are), but "
         "the loss of a sample changes with the cut; what all samples share has 1 row, "
         "shape (1, m) for m outputs, and samples must not depend on each other")
+    self.cut = True
     return own
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7
 @patch
-def _plain(self:OutputLoss, y, mask, args, n=None):
-    "The mean of the losses themselves, over `n` samples if that is given"
+def _plain(self:OutputLoss, y, mask, args, part=None):
+    "The mean of the losses themselves; `part`: over how many samples, and which"
     self._check_call(y, mask, args)
     own, lead = self._of_samples(y, mask, args), y.shape[:-1]
     y, mask, *args = _flat(y.detach(), mask, args, own)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
+    n, taken = part or (None, None)
+    if taken is not None: real = real & taken.reshape(-1, 1)
     with exactly(y.device):
         loss = sample_losses(self.loss_fn, y, *args, mask=mask)
         if self.on_nonfinite == "raise":
@@ -325,7 +334,7 @@ def _plain(self:OutputLoss, y, mask, args, n=None):
             fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
             real = real & fine.unsqueeze(-1)
             if loss.requires_grad:                   # NaN may not reach its parameters
-                y = y.where(real, y[fine.int().argmax()])
+                y = y.where(real, y[real.any(-1).int().argmax()])
                 loss = sample_losses(self.loss_fn, y, *args, mask=mask)
                 if not loss.isfinite().all():        # so it comes from an argument
                     loss = sample_losses(self.loss_fn, y, *args, mask=real)
@@ -336,38 +345,11 @@ def _plain(self:OutputLoss, y, mask, args, n=None):
 def _learns(self:OutputLoss, y, mask, args):
     "Has the loss parameters of its own that want a gradient?"
     f = self.loss_fn
-    if any(p.requires_grad for p in _parameters(f, args)): return True
+    if any(p.requires_grad for p in named(f, args)): return True
     seen = y.numel() if mask is None else mask.any()
     if self.learns is None and seen and not hasattr(f, "derivatives"):
-        with unseen(): self.learns = self._plain(y, mask, args).requires_grad
+        with unseen(f, args): self.learns = self._plain(y, mask, args).requires_grad
     return bool(self.learns)
-
-_DULL = type(None), str, bool, int, float, type, ModuleType, torch.dtype, torch.device
-_OF_MODULES = {*vars(nn.Module())} - {"_buffers"} # Attributes that all have
-
-def _parameters(f, args=()):
-    "Tensors that `f` names, near ones: in its attributes, arguments, closure, globals"
-    todo, seen = [f, *(a for a in args if not isinstance(a, Tensor))], set()
-    for o in todo:
-        parts = ()
-        if isinstance(o, Tensor): yield o
-        elif isinstance(o, nn.Module):
-            yield from o.parameters()
-            if o is f: parts = [v for k, v in vars(o).items() if k not in _OF_MODULES]
-        elif isinstance(o, (list, tuple, set)): parts = o
-        elif isinstance(o, dict): parts = o.values()
-        elif isinstance(o, partial): parts = o.func, o.args, o.keywords
-        elif isinstance(o, MethodType): parts = o.__self__, o.__func__
-        elif isinstance(o, FunctionType):
-            parts = [c.cell_contents for c in o.__closure__ or ()]
-            parts += [o.__globals__.get(k) for k in o.__code__.co_names]
-        else: parts = [*getattr(o, "__dict__", {}).values(), *(
-            getattr(o, k, None) for k in getattr(type(o), "__slots__", ()))]
-        if len(todo) > 1000: continue
-        for x in islice(parts, 100):
-            if isinstance(x, _DULL) or id(x) in seen: continue
-            seen.add(id(x))
-            todo.append(x)
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -377,7 +359,7 @@ def _check_gradients(self:OutputLoss, args):
             f"args[{i}]: expected no gradient, since only y is sent one; detach it")
     if not torch._C._are_functorch_transforms_active(): return
     tracked = torch._C._functorch.is_gradtrackingtensor
-    if any(tracked(p) and p.requires_grad for p in _parameters(self.loss_fn, args)):
+    if any(tracked(p) and p.requires_grad for p in named(self.loss_fn, args)):
         raise RuntimeError("loss_fn: its parameters have a gradient by backward(), but "
                            "torch.func can differentiate for y only")
 
@@ -551,6 +533,6 @@ def inject_fisher(
             _, D, n = loss._step(torch.zeros_like(G), None, (G,))
             D = (D*s/(n if mean else 1)).to(g.dtype)
         return _once(D, y)
-    z = y.view_as(y)
+    z = y.clone()                                    # a view would lose its hook
     if z.requires_grad: z.register_hook(turned)
     return z

@@ -165,6 +165,9 @@ def check_grid(name, x, floating=True):
         raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
 
 def check_same_shape(name, x, other, y):
+    for k, v in ((name, x), (other, y)):
+        if not isinstance(v, Tensor): raise TypeError(
+            f"{k}: expected a tensor, got {type(v).__name__}")
     if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, "
                                             f"{tuple(y.shape)}, got {tuple(x.shape)}")
 

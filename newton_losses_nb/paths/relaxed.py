@@ -146,7 +146,8 @@ class _Walk(torch.autograd.Function):
 def _soft_walk(cost, beta, n_iter, steps):
     "Where the walk is at each step, `(steps, B, H, W)`"
     plain = in_transform(cost) or not cost.numel() or min(n_iter, steps) < 2
-    return (_plain_walk if plain else _Walk.apply)(cost, beta, n_iter, steps)
+    at = (_plain_walk if plain else _Walk.apply)(cost, beta, n_iter, steps)
+    return at + 0*cost if n_iter == 1 else at        # a constant, with a gradient
 
 # %% ../../nbs/paths/01_relaxed.ipynb #82a5279a
 def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "B H W"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.derivatives import (
     derivatives as derivatives_of, sample_losses)
 from ..core.solves import positive
+from .exact import check_same_shape
 from .fenchel_young import (
     AsCode, Noise, call, check_noise, check_tensor, checked_floor, draw_noise,
     minus_baseline, raised, ratio_minus_1)
@@ -122,6 +123,7 @@ class _Blackbox(torch.autograd.Function):
     def forward(ctx, y, solver, lam, floor):
         w = solver(raised(y, floor).clone())         # some solve in place
         check_tensor("solver", w)
+        check_same_shape("solver", w, "the costs", y)
         w = w.to(y.dtype)                            # whole numbers have no gradient
         ctx.solver, ctx.lam, ctx.floor = solver, lam, floor
         ctx.save_for_backward(y, w)

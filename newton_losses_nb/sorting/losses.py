@@ -192,6 +192,8 @@ def element_match(
     return _same_place(scores, labels).to(widened(scores).dtype).mean(-1)
 
 def _same_place(scores, labels):
+    if not isinstance(labels, Tensor): raise TypeError(
+        f"labels: expected a tensor, got {type(labels).__name__}")
     if scores.shape != labels.shape:
         raise ValueError(f"labels: expected the shape of scores, "
                          f"{tuple(scores.shape)}, got {tuple(labels.shape)}")

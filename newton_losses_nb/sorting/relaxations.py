@@ -139,6 +139,8 @@ def ranking_loss(
 def check_ranking(shape, P_true, kind, device):
     "Raise unless a ranking loss can compare this shape with `P_true`"
     choice("kind", kind, ("cross_entropy", "bce", "bce_clamped"))
+    if not isinstance(P_true, Tensor): raise TypeError(
+        f"P_true: expected a tensor, got {type(P_true).__name__}")
     if len(shape) < 2 or P_true.shape != shape or shape[-1] != shape[-2]:
         raise ValueError(
             f"P_true: expected the shape of P, (..., n, n), got P {tuple(shape)} and "
