@@ -236,6 +236,8 @@ def main():
     for k, default in dict(network="small", device="cpu", precision="float32").items():
         p.add_argument("--" + k, default=default)
     a = vars(p.parse_args())
+    few = [k for k in ("seeds", "tuning_steps") if a[k] is not None and a[k] < 1]
+    if few: p.error(f"--{few[0].replace('_', '-')}: expected at least 1, got {a[few[0]]}")
     out = Path(a.pop("out") or f"runs/ablation_{a['name']}")
     tuning_out = a.pop("tuning_out") or out/"tuning"
     try: torch.empty(0, device=a["device"])

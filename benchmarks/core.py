@@ -15,7 +15,7 @@ import time
 import types
 
 import torch
-from speed import RELAXATIONS, Case, Setup, measure_case, measured, options, random, scores
+from speed import RELAXATIONS, Case, Setup, count, measure_case, measured, options, random, scores
 from torch.utils import benchmark
 
 import newton_losses_nb as new
@@ -74,7 +74,7 @@ def cases(old, device):
 def main():
     p = options(__doc__, 0.5)
     p.add_argument("--old", required=True, metavar="FOLDER", help="a worktree of version 0.1")
-    p.add_argument("--rounds", type=int, default=15, help="pairs of blocks")
+    p.add_argument("--rounds", type=count, default=15, help="pairs of blocks")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     git = subprocess.run(["git", "-C", a.old, "rev-parse", "HEAD"], check=True,

@@ -213,11 +213,13 @@ class Paths(Study):
             self.show(f"{samples} samples {method} {setting}", tasks, self.records("", tasks))
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("verb", choices=("list", "run", "map", "cnn", "paths", "list-paths"))
     p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
     p.add_argument("--out", default=RESULTS, help="where the folders of results are")
-    p.add_argument("--network", default="small"); p.add_argument("--device", default="cpu")
+    p.add_argument("--network", default="small", help="small or cnn (the paper's)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--shrink", type=int, default=1, help="divides all numbers of steps")
     p.add_argument("--rows", type=int, help="only the first rows of the queue")
     a = p.parse_args()

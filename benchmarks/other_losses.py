@@ -231,16 +231,18 @@ def advice(problem, seed):
 def stored(file):
     "What is in a file of results; half a line at its end is cut off"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text().splitlines(True) if file.exists() else []
-    if lines and not lines[-1].endswith("\n"): file.write_text("".join(lines := lines[:-1]))
-    return list(map(json.loads, lines))
+    *lines, rest = (file.read_text() if file.exists() else "").split("\n")
+    found = list(map(json.loads, lines))                # raises if this is another file
+    if rest: file.write_text("".join(f"{o}\n" for o in lines))
+    return found
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", required=True, type=Path, help="file of results, one run a line")
     a = p.parse_args()
     torch.set_num_threads(1)
-    done = {(r["loss"], r["method"], r["seed"]) for r in stored(a.out)}
+    try: done = {(r["loss"], r["method"], r["seed"]) for r in stored(a.out)}
+    except (OSError, ValueError, KeyError) as e: p.error(f"--out: {e!r}")
     todo = [(n, m, s) for n in PROBLEMS for m in (*METHODS, "advice") for s in SEEDS
             if (n, m, s) not in done]
     about = environment("cpu")

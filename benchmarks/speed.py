@@ -105,7 +105,7 @@ def measure_case(case, rounds=9, seconds=0.5, clock=benchmark.timer):
 def measured(task, items, measure, device, out):
     "Records: those of this commit and machine in a file, and the others, measured and added to it"
     env = environment(device)
-    file, done = open_results(Path(out).parent, Path(out).stem) if out else (None, {})
+    file, done = open_results(out.parent, out.stem, False) if out else (None, {})
     fixed = {"task": task, "seed": 0, "device": device, "threads": torch.get_num_threads()}
     for config, item in items:
         config, start = fixed | config, time.perf_counter()
@@ -434,21 +434,43 @@ def run(cases, device="cpu", out=None, rounds=9, seconds=0.5):
     measure = lambda c: measure_case(c, rounds, seconds)
     return measured("speed", ((config(c), c) for c in cases), measure, device, out)
 
+def device(text):
+    "A device that is there, for argparse"
+    try: torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as e:
+        raise argparse.ArgumentTypeError(str(e).splitlines()[0]) from e
+    return text
+
+def count(text):
+    "A whole number, at least 1, for argparse"
+    if not text.isdecimal() or not int(text): raise ValueError
+    return int(text)
+
+def duration(text):
+    "Seconds, above 0, for argparse"
+    if not 0 < float(text) < math.inf: raise ValueError
+    return float(text)
+
+def results(text):
+    "A file of results, for argparse"
+    if Path(text).suffix != ".jsonl": raise argparse.ArgumentTypeError("expected a .jsonl file")
+    return Path(text)
+
 def options(doc, seconds):
     "The options that all benchmarks have"
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads")
-    p.add_argument("--seconds", type=float, default=seconds, help="for each measurement, about")
-    p.add_argument("--out", help="file of results, .jsonl, to add to")
+    p.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    p.add_argument("--threads", type=count, default=1, help="CPU threads")
+    p.add_argument("--seconds", type=duration, default=seconds, help="for each measurement, about")
+    p.add_argument("--out", type=results, help="file of results, .jsonl, to add to")
     return p
 
 def main():
     p = options(__doc__, 0.5)
     p.add_argument("--groups", nargs="+", default=GROUPS, choices=GROUPS, metavar="GROUP",
                    help=", ".join(GROUPS))
-    p.add_argument("--rounds", type=int, default=9, help="pairs of blocks")
+    p.add_argument("--rounds", type=count, default=9, help="pairs of blocks")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     cases = (c for g in a.groups for c in GROUPS[g](a.device))

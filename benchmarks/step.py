@@ -13,6 +13,7 @@ import sys
 import time
 
 import torch
+from speed import count, device
 from torch.utils.flop_counter import FlopCounterMode
 
 from newton_losses_nb.lab.data import load_digits
@@ -51,11 +52,11 @@ def measured(tasks, a, capture):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--data-dir")
-    p.add_argument("--steps", type=int, default=100)
-    p.add_argument("--batch", type=int, default=100)
-    p.add_argument("--out", default="/dev/stdout")
+    p.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    p.add_argument("--data-dir", help="folder with MNIST's four files; else the sample")
+    p.add_argument("--steps", type=count, default=100, help="that are timed")
+    p.add_argument("--batch", type=count, default=100, help="samples of a step")
+    p.add_argument("--out", default="/dev/stdout", help="file to add a line to for each row")
     a = p.parse_args()
     cuda = torch.device(a.device).type == "cuda"
     if cuda and not torch.cuda.is_available(): sys.exit("step.py: PyTorch finds no GPU")

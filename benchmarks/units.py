@@ -54,8 +54,9 @@ def main():
     p.add_argument("--out", required=True, type=Path, help="file of results, one run a line")
     a = p.parse_args()
     torch.set_num_threads(1)
-    done = {tuple(r[k] for k in ("method", "lr", "seed", "scale")): r["value"]
-            for r in stored(a.out)}
+    try: done = {tuple(r[k] for k in ("method", "lr", "seed", "scale")): r["value"]
+                 for r in stored(a.out)}
+    except (OSError, ValueError, KeyError) as e: p.error(f"--out: {e!r}")
     about = environment("cpu")
     about.pop("command")
     def mean(method, lr, seeds, scale=1.):

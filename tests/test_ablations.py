@@ -173,7 +173,7 @@ def test_exploding_gradients_are_no_mistake_of_the_loss(method, digits):
     c = ablation_config(method=method, loss="bce_clamped", lam=1e2, steps=2, batch=20, eval_every=2, eval_sets=20, **STEEP)
     assert fit([AblationTask(c, digits)])[0].error is None
 
-@pytest.mark.parametrize("given, text", [("--n 1", "n: expected a whole number"), ("--data-dir nowhere", "expected a data directory"), ("--seeds 0", "runs: got none"), ("--device there", "--device: "), ("--network x", "network: expected one of")])
+@pytest.mark.parametrize("given, text", [("--n 1", "n: expected a whole number"), ("--data-dir nowhere", "expected a data directory"), ("--seeds 0", "--seeds: expected at least 1, got 0"), ("--tuning-steps 0", "--tuning-steps: expected at least 1"), ("--device there", "--device: "), ("--network x", "network: expected one of")])
 def test_mistakes_are_a_sentence(given, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ablations.py", "noise", *given.split(), "--out", str(tmp_path), "--steps", "2", "--eval-sets", "10"])
     monkeypatch.setattr(ablations, "ABLATIONS", {"noise": lambda n, steps, lr: [Arm({})]})

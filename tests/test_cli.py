@@ -51,7 +51,8 @@ def test_a_new_setting_is_one_line():
     p = argparse.ArgumentParser()
     for kind in (Smoothed, cli.Options): cli._add(p, kind)
     assert "Share of the label that goes to all (default: 0.0)" in " ".join(p.format_help().split())
-    assert p.parse_args(["--smooth", "1"]).smooth == "1"
+    assert p.parse_args(["--smooth", "1"]).smooth == "1" and Smoothed.config(smooth="0.50") == Smoothed.config(smooth=.5)
+    with pytest.raises(ValueError, match="smooth: expected a finite number"): Smoothed.config(smooth="much")
 
 @pytest.mark.parametrize("name", ["sorting", "paths", "classification"])
 def test_every_setting_has_a_document_and_a_default(name):
@@ -86,10 +87,10 @@ def test_conclusion():
     assert "largest loss: a, rms (-3.00 points, interval -4.00 to -2.00)" in said and "few seeds decide nothing" in said
 
 @pytest.mark.parametrize("line, says", [
-    ("sorting --seeds 3-1", "seeds: expected at least one, got none"), ("sorting --relaxations ,", "relaxations: expected at least one"),
+    ("sorting --seeds 3-1", "seeds: expected ranges upwards, got 3-1"), ("sorting --relaxations ,", "relaxations: expected at least one"),
     ("paths --samples ,", "samples: expected at least one"), ("sorting --comparators foo", "comparators: expected one of odd_even, bitonic"),
     ("sorting --loss mse", "loss: expected one of bce, cross_entropy, bce_clamped"), ("sorting --steps ²", "steps: expected a whole number, at least 1, got '²'"),
-    ("sorting --seeds 99999999999999999999,", "seed: expected a whole number, at least 0, got 99999999999999999999"), ("paths --size 1 --dry-run", "size: expected a whole number, at least 2")])
+    ("sorting --seeds 99999999999999999999,", "seed: expected a whole number, at least 0 and below 9.0072e+15, got 99999999999999999999"), ("paths --size 1 --dry-run", "size: expected a whole number, at least 2")])
 def test_the_option_that_is_wrong_is_named(line, says, capsys):
     assert cli.nl_bench(line.split()) == 2
     assert f"nl_bench: {says}" in capsys.readouterr().err
@@ -122,3 +123,10 @@ def test_a_dry_run_after_a_kill(tmp_path, capsys):
     assert cli.nl_bench(few) == 0 and "0 finished" in capsys.readouterr().out
     assert cli.nl_bench([*few, "--lam", "geometric"]) == 2
     assert "expected a rule that is still there, typical or auto, got geometric" in capsys.readouterr().err
+
+@pytest.mark.parametrize("given, said", [("--seeds 5-3,1", "seeds: expected ranges upwards, got 5-3"), ("--n 99999999999999999999", "below 9.0072e+15"),
+                                         ("--batch 1000000000000000 --seeds 1 --methods none --relaxations neural_sort --engine local", "not enough memory for a batch")])
+def test_what_cannot_be_is_a_sentence(given, said, tmp_path, capsys):
+    assert cli.nl_bench(["sorting", *given.split(), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("nl_bench: ") and said in error and "Traceback" not in error

@@ -11,10 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"benchmarks"))
 
 from ablations import AblationTask, ablation_config
+from other_losses import stored
 
 from newton_losses_nb.lab.data import DigitSets, load_digits
-from newton_losses_nb.lab.experiment import fit
-from newton_losses_nb.lab.records import environment, read_runs, run_key, stored_results
+from newton_losses_nb.lab.experiment import fit, run_all
+from newton_losses_nb.lab.records import environment, open_results, read_runs, run_key, stored_results
 from newton_losses_nb.lab.report import conclusion, summary
 from newton_losses_nb.lab.tasks import ClassificationTask, PathTask, SortingTask, classification_config, path_config, sorting_config
 from newton_losses_nb.paths.terrain import load_maps
@@ -111,7 +112,7 @@ def test_conclusion_leaves_nothing_out():
                                            result=dict(exact_match=v) if v else None, curves={}, versions={}, seconds=1.) for s, v in enumerate(scores)]
     table = summary(runs("none", [.50, .51, .52, .53]) + runs("fisher", [.60, .61, .62, .63]) + runs("hessian", [.10, None, None, None]) + runs("rms", [.51, .515, .53, .537]))
     said = conclusion(table)
-    assert said.startswith("1 comparison with the plain loss") and "2 without a test" in said and "3 runs of these methods failed" in said
+    assert said.startswith("1 comparison with the plain loss") and "2 without a test" in said and "3 runs of the methods failed" in said
     assert "largest gain: " in said and "fisher (+10.00 points" in said and "hessian (-40.00 points)" in said
 
 def test_data_whatever_the_default_device():
@@ -121,3 +122,32 @@ def test_data_whatever_the_default_device():
     with torch.device("meta"): again = sets(np.int64(0))
     assert torch.equal(images, again[0]) and torch.equal(numbers, again[1])
     with pytest.raises(ValueError, match="generator: expected a whole number, at least 0"): sets("one")
+
+def test_only_seeds_train_side_by_side(data):
+    "Another method, or no task at all, is refused"
+    tasks = [SortingTask(sorting_config(method=m, seed=s, steps=1), data["sorting"]) for s, m in enumerate(("none", "fisher"))]
+    for some in (tasks, []):
+        with pytest.raises(ValueError, match="tasks: expected one configuration"): fit(some)
+
+def test_rows_without_a_plain_loss_are_named():
+    def runs(method, lr, scores): return [dict(format=1, key=f"{method}{s}", status="ok", error=None, config=dict(task="sorting", relaxation="cauchy", n=5, method=method, lr=lr, seed=s), data_source="digits",
+                                               result=dict(exact_match=v), curves={}, versions={}, seconds=1.) for s, v in enumerate(scores)]
+    said = conclusion(summary(runs("none", .1, [.5, .51, .54]) + runs("fisher", .1, [.6, .63, .62]) + runs("rms", .2, [.6, .63, .62])))
+    assert "; 1 rows have no plain loss of their settings;" in said and "largest gain: " in said
+
+def test_one_command_at_a_time_writes_a_file(data, tmp_path):
+    tasks = [SortingTask(sorting_config(seed=s, steps=1, eval_sets=10), data["sorting"]) for s in range(2)]
+    first = run_all(tasks, tmp_path, "runs", show=False)
+    next(first)
+    with pytest.raises(OSError, match="out: expected no other command to write to"): next(run_all(tasks, tmp_path, "runs", show=False))
+    assert len(list(first)) == 1 and len(list(run_all(tasks, tmp_path, "runs", show=False))) == 2
+    assert len((tmp_path/"runs.jsonl").read_text().splitlines()) == 2
+
+def test_another_file_stays_as_it_is(tmp_path):
+    "Half a line at the end is cut off only where all before it are records"
+    notes = tmp_path/"notes.jsonl"
+    notes.write_text("line one\nmy last line")
+    with pytest.raises(ValueError, match="notes.jsonl:1: cannot be read"): open_results(tmp_path, "notes")
+    with pytest.raises(ValueError): stored(notes)
+    assert notes.read_text() == "line one\nmy last line"
+    assert open_results(tmp_path, "runs", others=False)[1] == {}

@@ -81,7 +81,7 @@ def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
     value = float(x) if known and "bool" not in kind else torch.nan
     if low <= value < high and not (whole and value % 1):
         return int(value) if whole else value
-    below = f" and below {high:g}" if high < 2**53 else ""
+    below = f" and below {high:g}" if high < 2**53 or value >= high else ""
     raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, "
                      f"at least {low:g}{below}, got {x!r}")
 

@@ -63,8 +63,11 @@ def _seeds(text):
     if re.fullmatch(r"\d+", text): return list(range(int(text)))
     if not re.fullmatch(r"\d+(-\d+)?(,(\d+(-\d+)?)?)*", text): raise ValueError(
         f"seeds: expected a count such as 3, or a list such as 0,5,10-12, got {text!r}")
-    pairs = [o.partition("-") for o in text.split(",") if o]
-    return [s for a, _, b in pairs for s in range(int(a), int(b or a) + 1)]
+    ends = [(int(a), int(b or a)) for a, _, b in (
+        o.partition("-") for o in text.split(",") if o)]
+    for a, b in ends:
+        if b < a: raise ValueError(f"seeds: expected ranges upwards, got {a}-{b}")
+    return [s for a, b in ends for s in range(a, b + 1)]
 
 # %% ../../nbs/lab/13_cli.ipynb #305017dd
 def _help(f, default):
@@ -245,12 +248,11 @@ def _report(runs, place, metric, out=None):
     _need_bench()
     from newton_losses_nb.lab.report import (
         caption, conclusion, summary, to_markdown, write_report)
-    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    folder = Path(place) if Path(place).is_dir() else Path(place).with_suffix("")
     out = out or folder/"report"/("" if metric == "exact_match" else metric)
-    table = summary(runs, metric)
+    table, files = summary(runs, metric), write_report(runs, out, metric)
     print(f"\n{metric}\n\n{to_markdown(table)}\n\n{conclusion(table)}\n")
     print(caption(runs, metric, width=110))
-    files = write_report(runs, out, metric)
     print(f"\nwritten to {out}: {', '.join(f.name for f in files)}")
 
 # %% ../../nbs/lab/13_cli.ipynb #dc63b495
@@ -259,6 +261,11 @@ def _call(prog, func):
     try: func()
     except (ValueError, OSError, ImportError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in str(e) and not isinstance(e, MemoryError): raise
+        print(f"{prog}: not enough memory for a batch, set or map of this size: "
+              f"{str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; finished runs are kept, repeat the command to "
@@ -290,7 +297,8 @@ def nl_report(argv:list|None=None) -> int: # Exit code
     p.add_argument("--metric", default="exact_match",
                    help="What to compare: exact_match (the default), element_match, "
                         "or cost_optimality for paths")
-    p.add_argument("--out", help="Folder for what is written; default: report in RUNS")
+    p.add_argument("--out", help="Folder for what is written; default: report in RUNS, or beside a "
+                                 "file in a folder of its name")
     a = p.parse_args(argv)
     def report(): _report(read_runs(a.runs), a.runs, a.metric, a.out)
     return _call("nl_report", report)

@@ -105,7 +105,7 @@ def _load_dir(folder, source=None):
     found = [next((o for o in (folder/k, folder/f'{k}.gz') if o.is_file()), None)
              for k in _SHA256]
     if None in found: raise FileNotFoundError(
-        f"{folder}: expected a data directory with the files {', '.join(_SHA256)}, "
+        f"data_dir: {folder}: expected a data directory with the files {', '.join(_SHA256)}, "
         "plain or as .gz")
     x, t, x_test, t_test = (read_idx(o, k) for o, k in zip(found, (3, 1, 3, 1)))
     mark = hashlib.sha256(b''.join(map(_idx_bytes, found))).hexdigest()[:12]
@@ -145,7 +145,7 @@ def load_digits(
     if source == 'sample': return _load_sample()
     mnist = 'mnist (70,000 MNIST digits)'
     if source == 'mnist': return _load_dir(_download_mnist(), mnist)
-    raise ValueError(f"unknown data source {source!r}, expected 'sample' or 'mnist'")
+    raise ValueError(f"data: expected sample or mnist, got {source!r}")
 
 # %% ../../nbs/lab/00_data.ipynb #3c83b696
 def pool_digits(

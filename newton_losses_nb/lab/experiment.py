@@ -24,7 +24,8 @@ from ..core.directions import (
     Clip, Direction, Fisher, Hessian, Normalize, Scalar, Whiten)
 from ..core.newton import OutputLoss
 from ..core.solves import choice, number, positive as above_zero
-from .records import append_run, environment, open_results, run_key
+from .records import (
+    append_run, environment, only_writer, open_results, run_key)
 from ..paths.fenchel_young import draw_noise
 
 # %% ../../nbs/lab/03_experiment.ipynb #95ec6a36
@@ -102,6 +103,7 @@ def setting(
     command=None,             # Default in a command; None: `default`
 ):                            # A field of a dataclass
     "One setting"
+    if check is None and isinstance(default, float): check = at_least(-math.inf)
     about = dict(help=help, check=check, always=always, option=option, command=command)
     return field(default=default, metadata=about)
 
@@ -427,6 +429,9 @@ def fit(
     progress:Callable=lambda step, runs: None, # Called after each evaluation
 ) -> list[Run]:            # What became of each
     "Train a configuration from one or more seeds, and score the results"
+    if len({run_key(t.config | {"seed": None}, t.source) for t in tasks}) != 1:
+        raise ValueError("tasks: expected one configuration and data, with several "
+                         f"seeds, got {len(tasks)} tasks of none or several")
     c, K, seconds, logs = tasks[0].config, len(tasks), 0., torch.empty(0, 3, len(tasks))
     points = [*range(0, c["steps"], c["eval_every"]), c["steps"]]
     with network_precision(c["precision"], tasks[0].device) as forward:
@@ -466,7 +471,8 @@ def records_of(
 # %% ../../nbs/lab/03_experiment.ipynb #56904e5c
 def run_title(c:dict) -> str: # Relaxation or loss, and method
     "A short name for the runs of configuration `c`, which differ in the seed"
-    return f"{c.get('relaxation', c.get('loss', c.get('task')))}, {c['method']}"
+    names = ("setting", "relaxation", "loss", "task")
+    return f"{next(c[k] for k in names if k in c)}, {c['method']}"
 
 def seeds_together(
     tasks:list,            # Tasks that are not finished yet
@@ -500,7 +506,8 @@ def run_all(
     file, done = open_results(folder, name)
     left = {t.key: t for t in tasks if t.key not in done}
     steps = sum(t.config["steps"] for t in left.values())
-    with tqdm(total=steps, unit="step", disable=not show, smoothing=0.05) as bar:
+    bars = tqdm(total=steps, unit="step", disable=not show, smoothing=0.05)
+    with only_writer(file), bars as bar:
         records = engine(list(left.values()), bar)
         for task in tasks:
             while task.key not in done:

@@ -165,17 +165,19 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
     known, tested = table[table["diff"].notna()], int(table.p.notna().sum())
     if not tested: return (
         "No comparison with the plain loss: that takes two seeds or more that finished "
-        "in both, with the same settings but the method's, and scores that differ.")
+        "in both, with the same settings but the method's, and differences that vary.")
     def row(r): return (f"{r.setting}, {r.method} ({r['diff']:+.2f} points"
                         + _known(", interval {:+.2f} to {:+.2f}", r.lo, r.hi) + ")")
     d, more = known["diff"], len(known) - tested
     gain = row(known.loc[d.idxmax()]) if d.max() > 0 else "none"
     loss = row(known.loc[d.idxmin()]) if d.min() < 0 else "none"
     failed = int(table.failed[table.method != "none"].sum())
+    alone = int((table.pairs == 0).sum())
     return (f"{tested} comparison{'s'*(tested > 1)} with the plain loss, "
             f"{sum(table.p_holm < 0.05)} significant after Holm's correction (p < 0.05)"
             + f", and {more} without a test (one pair, or equal differences)"*(more > 0)
-            + f"; {failed} runs of these methods failed"*(failed > 0)
+            + f"; {alone} rows have no plain loss of their settings"*(alone > 0)
+            + f"; {failed} run{'s'*(failed > 1)} of the methods failed"*(failed > 0)
             + f"; largest gain: {gain}; largest loss: {loss}; few seeds decide "
             f"nothing, and these are {known.pairs.max()}.")
 
@@ -184,7 +186,7 @@ def _failures(runs):
     "How many runs failed, and why"
     errors = [str(r["error"]) for r in runs if r["status"] == "failed"]
     if not errors: return f"None of the {len(runs)} runs failed."
-    why = Counter(re.sub(r"^after step \d+: ", "", o).split(", got")[0] for o in errors)
+    why = Counter(re.sub(r"(after )?step \d+: ", "", o).split(", got")[0] for o in errors)
     why = "; ".join(f"{n} × {k}" for k, n in why.most_common())
     return (f"Failed: {len(errors)} of {len(runs)} runs ({why}); "
             "a mean beside them is over the other runs, and may be too high.")
@@ -225,8 +227,9 @@ def caption(
     "Say where the numbers of a table come from"
     g, tests = group_runs(runs), summary(runs, metric).p.notna().sum()
     lines = [
-        f"{metric} in percent: mean ± standard deviation (n-1), median and quartiles "
-        "over finished runs.", _failures(g.run),
+        f"{metric} in percent, {'' if metric.startswith('valid_') else 'on test data '}"
+        "with the weights best on validation data: mean ± standard deviation (n-1), "
+        "median and quartiles over finished runs.", _failures(g.run),
         "minus none: difference to the method none in points, paired over the seeds "
         "that finished in both, with its 95 % t-interval.",
         "p: two-sided paired t-test (scipy.stats.ttest_rel), and Holm-corrected over "
@@ -318,7 +321,7 @@ def plot_curves(
         handles.append(Line2D([], [], label="failed run", color="0.4", **_cross))
     fig.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9,
                ncols=2 if max(map(len, styles)) > 24 else 5, title_fontsize=8.5,
-               title="line: mean over the finished runs; band: lowest run to highest")
+               title="validation data; line: mean of finished runs, band: lowest to highest")
     return fig
 
 # %% ../../nbs/lab/04_report.ipynb #17095aa8

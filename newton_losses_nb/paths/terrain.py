@@ -278,7 +278,7 @@ def load_maps(
     for name, n in counts.items():
         if n is not None or not official: number(name, n, 1, whole=True)
     if official:
-        folder = data_dir or download_warcraft(cache_dir, size)
+        folder = download_warcraft(cache_dir, size) if data_dir is None else data_dir
         return {name: m[:counts[name]] for name, m in warcraft(folder, size).items()}
     starts = dict(train=0, valid=2**40, test=2**41)
     return {name: terrain_maps(n, size, seed, starts[name])
