@@ -154,9 +154,6 @@ def _batch(self:OutputLoss, y, mask, args, own):
         y = y.where(fine, 0)
     loss, G, H = derivatives(self.loss_fn, y, *args, second=second,
                              check=not self.checked, mask=mask)
-    if not self.judged:                              # by two samples of one size
-        sizes = y.new_ones(len(y)) if mask is None else mask.sum(1)
-        self.judged = sizes[sizes > 0].unique(return_counts=True)[1].gt(1).any().item()
     if guard:
         fine = fine & loss.isfinite().unsqueeze(-1) & G.isfinite().all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and second:
@@ -165,6 +162,9 @@ def _batch(self:OutputLoss, y, mask, args, own):
             fine = fine & known.isfinite().flatten(1).all(-1, keepdim=True)
         mask, G = fine.expand_as(G) if mask is None else mask & fine, G.where(fine, 0)
         if isinstance(H, Tensor): H = H.where(fine.view(-1, *[1]*(H.ndim - 1)), 0)
+    if not self.judged:                              # by two samples of one size
+        sizes = y.new_ones(len(y)) if mask is None else mask.sum(1)
+        self.judged = sizes[sizes > 0].unique(return_counts=True)[1].gt(1).any().item()
     if isinstance(H, Tensor): H = H.double()
     elif second:
         products, among = H, fine if guard else loss.new_ones(1, dtype=torch.bool)
