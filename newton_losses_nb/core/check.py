@@ -246,7 +246,8 @@ def _ask_independent(p):
             for what, value in values.items():
                 hit = (((value - loss).abs() > near) & ~rows).nonzero()
                 if len(hit): return _problem(
-                    f"the loss of sample {int(hit[0])} changes with the {what} of others",
+                    f"the loss of sample {int(hit[0])} changes with the {what} of "
+                    "others",
                     "leak" if what == "outputs" else "mixed")
     try: p.gradient(y, check=True)
     except ValueError:

@@ -228,7 +228,8 @@ def _own(loss_fn, y, args, second):
         if (second or name != "Hessian") and getattr(x, "shape", None) != shape:
             raise ValueError(
                 f"derivatives of loss_fn: expected a {name} of shape {tuple(shape)}, "
-                f"one for each sample, got {[*x.shape] if isinstance(x, Tensor) else x}")
+                "one for each sample, got "
+                f"{[*x.shape] if isinstance(x, Tensor) else x}")
     H = second and H.detach()
     if second == "diagonal": H = H.diagonal(dim1=-2, dim2=-1)
     products = lambda V: (V.to(H.dtype).unsqueeze(-2) @ H)[..., 0, :]
@@ -299,7 +300,8 @@ class _Padded:
         loss, G = y.new_zeros(len(y)), torch.zeros_like(y)
         H = y.new_zeros(*y.shape, y.shape[1]) if hessian else None
         for i, at, given in self.sets(y, args):
-            l, g, h = _own(self.loss_fn, *given[:1], given[1:], hessian and "full" or None)
+            x, *more = given
+            l, g, h = _own(self.loss_fn, x, more, "full" if hessian else None)
             loss[i], G[i[:, None], at] = l.to(loss), g.to(G)
             if hessian: H[i[:, None, None], at[:, :, None], at[:, None]] = h.to(H)
         return loss, G, H

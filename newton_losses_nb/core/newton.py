@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .derivatives import NonFiniteError, check_outputs, derivatives
 from .derivatives import exactly, named, of_samples
-from .derivatives import random_signs, sample_losses, unseen, widened
+from .derivatives import random_signs, sample_losses
+from .derivatives import unseen, widened
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -116,7 +117,8 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
 def _remember(self:OutputLoss, e, past):
     "Keep what is remembered, unless some number is not finite (none is with \"skip\")"
     sums = sum(x.sum() for x in (e.square, e.total) if x is not None)
-    if self.on_nonfinite == "skip" or math.isfinite(sums): self.direction.memory.keep(past)
+    fine = self.on_nonfinite == "skip" or math.isfinite(sums)
+    if fine: self.direction.memory.keep(past)
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
 @patch
@@ -208,13 +210,14 @@ def _explain(D, b, e, y):
     named = {"y": y, "loss_fn's values": b.loss, "gradient of loss_fn": b.G,
              "Hessian of loss_fn": getattr(e, "total", None)}
     for name, x in named.items():
-        if x is not None and len(bad := (~x.isfinite()).nonzero()): raise NonFiniteError(
+        bad = () if x is None else (~x.isfinite()).nonzero()
+        if len(bad): raise NonFiniteError(
             f"{name}: expected finite numbers, got {len(bad)} of {x.numel()} that are "
-            f"not, first at {bad[0].tolist()}; on_nonfinite='skip' leaves such samples out")
+            f"not, first at {bad[0].tolist()}; on_nonfinite='skip' leaves them out")
     if D.isfinite().all(): return D
-    raise SingularError("lam: C + λI is singular, λ is not at least 0, or a power is of "
-                        "a negative eigenvalue; expected a larger lam, lam='auto', or "
-                        "eigenvalues='abs'")
+    raise SingularError(
+        "lam: C + λI is singular, λ is not at least 0, or a power is of a negative "
+        "eigenvalue; expected a larger lam, lam='auto', or eigenvalues='abs'")
 
 # %% ../../nbs/core/05_newton.ipynb #24a3a6e9
 class _Once(torch.autograd.Function):
@@ -284,7 +287,8 @@ def _of_samples(self:OutputLoss, y, mask, args):
     own = of_samples(args, lead, hint)
     if y.ndim > 2 and lead == [*[1]*(y.ndim - 2), m]:
         for i, a in enumerate(args):
-            if own[i] and [*a.shape] == lead and a.is_floating_point(): raise ValueError(
+            either = own[i] and [*a.shape] == lead and a.is_floating_point()
+            if either: raise ValueError(
                 f"args[{i}]: expected what is either of the samples or shared by them, "
                 f"got shape {lead} with as many samples as outputs; leave the leading "
                 "dimensions of 1 away, or bind what is shared by functools.partial")
@@ -423,7 +427,7 @@ class NewtonLoss(OutputLoss):
         lam:SupportsFloat|str|Callable="auto", # Damping λ: number, "auto", function
         eigenvalues:str="raw",            # Negative ones of a Hessian: raw, abs, clip
         chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
-        check:bool=True,                  # Check derivatives at first? (Not with "skip")
+        check:bool=True,                 # Check derivatives at first? (Not with "skip")
         on_nonfinite:str="raise",         # At NaN: "raise", "skip", plain "gradient"
         group="auto",                     # Processes that share: "auto", a group, None
     ):

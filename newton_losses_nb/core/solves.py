@@ -64,7 +64,8 @@ def damping(
         typical = None if eigenvalues is None else power_mean
         return auto_damping(e, trace/m, even, total, typical, power, least)
     known = eigenvalues if e.rows is None else None      # not those of a Fisher's rows
-    found, square = lam(e.mean_square, known) if callable(lam) else lam, e.square[..., 0]
+    found = lam(e.mean_square, known) if callable(lam) else lam
+    square = e.square[..., 0]
     if not isinstance(found, Tensor):
         return torch.full_like(square, number("lam", found)), 1.
     if found.ndim and found.shape != square.shape: raise ValueError(
@@ -140,7 +141,7 @@ def _gram_step(K, e, G, lam):
     "Rows (F + λI)⁻¹G_i by a Cholesky factor; K = gram(e.mean)"
     K = K.clone()
     K.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
-    L = torch.linalg.cholesky_ex(K).L                # the inverse would read its numbers
+    L = torch.linalg.cholesky_ex(K).L                # the inverse would read numbers
     if e.rows.shape[-2] >= e.rows.shape[-1]: return torch.cholesky_solve(G.mT, L).mT
     if e.rows is G: return torch.cholesky_solve(G, L)
     A = e.mean

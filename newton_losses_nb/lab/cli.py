@@ -297,8 +297,8 @@ def nl_report(argv:list|None=None) -> int: # Exit code
     p.add_argument("--metric", default="exact_match",
                    help="What to compare: exact_match (the default), element_match, "
                         "or cost_optimality for paths")
-    p.add_argument("--out", help="Folder for what is written; default: report in RUNS, or beside a "
-                                 "file in a folder of its name")
+    p.add_argument("--out", help="Folder for what is written; default: report in RUNS, "
+                                 "for a file in a folder of its name")
     a = p.parse_args(argv)
     def report(): _report(read_runs(a.runs), a.runs, a.metric, a.out)
     return _call("nl_report", report)

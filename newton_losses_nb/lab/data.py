@@ -105,8 +105,8 @@ def _load_dir(folder, source=None):
     found = [next((o for o in (folder/k, folder/f'{k}.gz') if o.is_file()), None)
              for k in _SHA256]
     if None in found: raise FileNotFoundError(
-        f"data_dir: {folder}: expected a data directory with the files {', '.join(_SHA256)}, "
-        "plain or as .gz")
+        f"data_dir: {folder}: expected a data directory with the files "
+        f"{', '.join(_SHA256)}, plain or as .gz")
     x, t, x_test, t_test = (read_idx(o, k) for o, k in zip(found, (3, 1, 3, 1)))
     mark = hashlib.sha256(b''.join(map(_idx_bytes, found))).hexdigest()[:12]
     source = source or f"data-dir mnist (sha256 {mark})"   # whatever its name

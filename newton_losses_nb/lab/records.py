@@ -97,8 +97,9 @@ def _record(line):
         if not isinstance(r[k], dict): raise ValueError(f"{k} is no dictionary: {r[k]}")
     missing = [k for k in ("method", "seed") if k not in r["config"]]
     if missing: raise ValueError(f"config: the key {missing[0]!r} is missing")
-    kinds = (r["config"]["seed"], int), (r["config"]["method"], str), (r["curves"], dict)
-    if not all(isinstance(*o) for o in kinds): raise ValueError(
+    c, kinds = r["config"], dict(seed=int, method=str)
+    named = all(isinstance(c[k], kind) for k, kind in kinds.items())
+    if not (named and isinstance(r["curves"], dict)): raise ValueError(
         "expected a whole seed, the name of a method, and curves by name")
     if (r["status"], bool(r["result"])) not in (("ok", True), ("failed", False)):
         raise ValueError(f"status {r['status']!r} with the result {r['result']!r}")

@@ -186,7 +186,8 @@ def _failures(runs):
     "How many runs failed, and why"
     errors = [str(r["error"]) for r in runs if r["status"] == "failed"]
     if not errors: return f"None of the {len(runs)} runs failed."
-    why = Counter(re.sub(r"(after )?step \d+: ", "", o).split(", got")[0] for o in errors)
+    def reason(o): return re.sub(r"(after )?step \d+: ", "", o).split(", got")[0]
+    why = Counter(map(reason, errors))
     why = "; ".join(f"{n} × {k}" for k, n in why.most_common())
     return (f"Failed: {len(errors)} of {len(runs)} runs ({why}); "
             "a mean beside them is over the other runs, and may be too high.")
@@ -321,7 +322,7 @@ def plot_curves(
         handles.append(Line2D([], [], label="failed run", color="0.4", **_cross))
     fig.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9,
                ncols=2 if max(map(len, styles)) > 24 else 5, title_fontsize=8.5,
-               title="validation data; line: mean of finished runs, band: lowest to highest")
+               title="validation data; line: mean of finished runs, band: their range")
     return fig
 
 # %% ../../nbs/lab/04_report.ipynb #17095aa8

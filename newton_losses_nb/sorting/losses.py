@@ -75,7 +75,7 @@ class SortingLoss(nn.Module):
 
 # %% ../../nbs/sorting/03_losses.ipynb #463cee40
 def _cross_entropy_rows(L:Float[Tensor, "n n N"], T:Float[Tensor, "n n N"]) -> tuple:
-    "Cross-entropy of logits: losses, gradients, a function for δ, rows U, their weights"
+    "Cross-entropy of logits: losses, gradients, a function for δ, rows U, weights"
     log_P, r = L.log_softmax(1), T.sum(1, keepdim=True)
     P = log_P.exp()
     rP = r*P
