@@ -242,7 +242,7 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     try: done = {(r["loss"], r["method"], r["seed"]) for r in stored(a.out)}
-    except (OSError, ValueError, KeyError) as e: p.error(f"--out: {e!r}")
+    except (OSError, ValueError, KeyError) as e: p.error(f"--out: expected a file of its results, got {a.out} ({e})")
     todo = [(n, m, s) for n in PROBLEMS for m in (*METHODS, "advice") for s in SEEDS
             if (n, m, s) not in done]
     about = environment("cpu")

@@ -56,7 +56,7 @@ def main():
     torch.set_num_threads(1)
     try: done = {tuple(r[k] for k in ("method", "lr", "seed", "scale")): r["value"]
                  for r in stored(a.out)}
-    except (OSError, ValueError, KeyError) as e: p.error(f"--out: {e!r}")
+    except (OSError, ValueError, KeyError) as e: p.error(f"--out: expected a file of its results, got {a.out} ({e})")
     about = environment("cpu")
     about.pop("command")
     def mean(method, lr, seeds, scale=1.):

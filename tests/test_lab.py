@@ -133,7 +133,7 @@ def test_rows_without_a_plain_loss_are_named():
     def runs(method, lr, scores): return [dict(format=1, key=f"{method}{s}", status="ok", error=None, config=dict(task="sorting", relaxation="cauchy", n=5, method=method, lr=lr, seed=s), data_source="digits",
                                                result=dict(exact_match=v), curves={}, versions={}, seconds=1.) for s, v in enumerate(scores)]
     said = conclusion(summary(runs("none", .1, [.5, .51, .54]) + runs("fisher", .1, [.6, .63, .62]) + runs("rms", .2, [.6, .63, .62])))
-    assert "; 1 rows have no plain loss of their settings;" in said and "largest gain: " in said
+    assert "; 1 row without a plain loss of the same settings;" in said and "largest gain: " in said
 
 def test_one_command_at_a_time_writes_a_file(data, tmp_path):
     tasks = [SortingTask(sorting_config(seed=s, steps=1, eval_sets=10), data["sorting"]) for s in range(2)]

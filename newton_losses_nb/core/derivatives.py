@@ -56,37 +56,6 @@ def sample_losses(
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), "
                      f"got {_given(loss)}{hint}")
 
-# %% ../../nbs/core/01_derivatives.ipynb #ffdbc7ed
-def widened(x):
-    "`x` in single precision at least"
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-def in_transform(x):
-    "Is a transform, forward mode, `torch.compile` or another tensor at work?"
-    return (torch.compiler.is_compiling() or type(x) is not Tensor
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._functorch.is_legacy_batchedtensor(x)
-            or torch.autograd.forward_ad._current_level >= 0)
-
-def exactly(device):
-    "A context without autocast"
-    if not torch.is_autocast_enabled(device.type): return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-@contextlib.contextmanager
-def unseen(f=None, args=()):
-    "A context for a trial: no checkpoint sees it, random generators stay as they are"
-    known = torch._C._autograd._saved_tensors_hooks_is_enabled()
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        *[lambda x: x]*2) if known else contextlib.nullcontext()
-    cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
-    devices = [torch.cuda.current_device()] if cuda else []
-    own = [(o, o.get_state()) for o in named(f, args, torch.Generator)]
-    try:
-        with torch.random.fork_rng(devices), hooks: yield
-    finally:
-        for o, state in own: o.set_state(state)
-
 # %% ../../nbs/core/01_derivatives.ipynb #7d0a5b02
 _DULL = type(None), str, bool, int, float, type, ModuleType, torch.dtype, torch.device
 _OF_MODULES = {*vars(nn.Module())} - {"_buffers"} # Attributes that all have
@@ -124,6 +93,37 @@ def named(f, args=(), kind=Tensor):
             if isinstance(x, _DULL) or id(x) in seen: continue
             seen.add(id(x))
             todo.append(x)
+
+# %% ../../nbs/core/01_derivatives.ipynb #ffdbc7ed
+def widened(x):
+    "`x` in single precision at least"
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+def in_transform(x):
+    "Is a transform, forward mode, `torch.compile` or another tensor at work?"
+    return (torch.compiler.is_compiling() or type(x) is not Tensor
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(x)
+            or torch.autograd.forward_ad._current_level >= 0)
+
+def exactly(device):
+    "A context without autocast"
+    if not torch.is_autocast_enabled(device.type): return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+@contextlib.contextmanager
+def unseen(f=None, args=()):
+    "A context for a trial: no checkpoint sees it, random generators stay as they are"
+    known = torch._C._autograd._saved_tensors_hooks_is_enabled()
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        *[lambda x: x]*2) if known else contextlib.nullcontext()
+    cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+    devices = [torch.cuda.current_device()] if cuda else []
+    own = [(o, o.get_state()) for o in named(f, args, torch.Generator)]
+    try:
+        with torch.random.fork_rng(devices), hooks: yield
+    finally:
+        for o, state in own: o.set_state(state)
 
 # %% ../../nbs/core/01_derivatives.ipynb #ab09a445
 def of_samples(args, lead:list, hint:str="") -> list[bool]:

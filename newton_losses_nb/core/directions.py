@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .derivatives import random_signs
 from .evidence import Batch, Evidence, gram, nonzero
-from .solves import SPECTRA, choice, damping, fisher_step
-from .solves import number, positive, row_spectrum
-from .solves import spectral_step, spectrum
+from newton_losses_nb.core.solves import (
+    SPECTRA, choice, damping, fisher_step, number, positive, row_spectrum,
+    spectral_step, spectrum)
 
 # %% ../../nbs/core/04_directions.ipynb #01d46a3a
 class Direction(nn.Module):

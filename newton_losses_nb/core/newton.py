@@ -19,10 +19,9 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .derivatives import NonFiniteError, check_outputs, derivatives
-from .derivatives import exactly, named, of_samples
-from .derivatives import random_signs, sample_losses
-from .derivatives import unseen, widened
+from .derivatives import (
+    NonFiniteError, check_outputs, derivatives, exactly, named, of_samples,
+    random_signs, sample_losses, unseen, widened)
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -53,6 +52,7 @@ class OutputLoss(nn.Module):
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
         self.check, self.group, self.learns = check, group, None
         self.shared, self.padded = None, False       # by `accumulated`
+        # No more checks of derivatives, from the next call on, of cuts?
         self.checked = self.judged = self.cut = not check or on_nonfinite == "skip"
 
     @torch._disable_dynamo
@@ -110,7 +110,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     part = n if n is None else (n, None if b.weight is None else b.taken)
     self.__dict__.update(sent=(b.G, D), taking=part) # how many take part, and which
     self.checked = self.judged
-    D = D.to(widened(y).dtype)
+    D = D.to(torch.promote_types(y.dtype, torch.float))
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
 
 @patch

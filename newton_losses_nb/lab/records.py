@@ -73,13 +73,14 @@ def append_run(
 
 @contextlib.contextmanager
 def only_writer(file:str|Path): # A file of results that is there
-    "A context in which no other command may add to a file (where files can be locked)"
-    try: import fcntl
-    except ImportError: fcntl = None                     # Windows
-    with open(file) as f:
-        try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e: raise OSError(
+    "A context in which no other command may add to a file, where files can be locked"
+    with open(file, 'ab') as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e: raise OSError(
             f"out: expected no other command to write to {file}, got one") from e
+        except (ImportError, OSError): pass              # Windows, some network drives
         yield
 
 # %% ../../nbs/lab/02_records.ipynb #cb2051f4

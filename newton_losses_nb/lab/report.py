@@ -176,7 +176,8 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
     return (f"{tested} comparison{'s'*(tested > 1)} with the plain loss, "
             f"{sum(table.p_holm < 0.05)} significant after Holm's correction (p < 0.05)"
             + f", and {more} without a test (one pair, or equal differences)"*(more > 0)
-            + f"; {alone} rows have no plain loss of their settings"*(alone > 0)
+            + f"; {alone} row{'s'*(alone > 1)} without a plain loss of the same settings"*(
+                alone > 0)
             + f"; {failed} run{'s'*(failed > 1)} of the methods failed"*(failed > 0)
             + f"; largest gain: {gain}; largest loss: {loss}; few seeds decide "
             f"nothing, and these are {known.pairs.max()}.")

@@ -96,12 +96,15 @@ class Sorting(Settings):
     seed:int = entry(0, "Of weights and data", whole(0), option="seeds", command="5")
     steps:int = entry(400, "Training steps", whole(1))
     batch:int = entry(100, "Sets in a step", whole(1))
-    lr:float|None = entry(None, "Rate of Adam; default: small .01, cnn 3e-4", positive)
+    lr:float|None = entry(None, "Learning rate of Adam; default: small .01, cnn 3e-4",
+                          positive)
     lam:float|str = entry("auto", "Damping λ: number, typical or auto (v0.1)",
                           damping_or_rule, command="typical")
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
-    tau:float|None = entry(None, "Of neural_sort, soft_sort; default: .3", positive)
-    steepness:float|None = entry(None, "Of sorting networks; default: 10", positive)
+    tau:float|None = entry(None, "Temperature of neural_sort, soft_sort; default: .3",
+                           positive)
+    steepness:float|None = entry(None, "Steepness of sorting networks; default: 10",
+                                 positive)
     comparators:str = entry("odd_even", "Plan of sorting networks",
                             one_of("odd_even", "bitonic"))
     loss:str = entry("bce", "bce, cross_entropy, or bce_clamped (that of nn.BCELoss)",
@@ -219,7 +222,8 @@ class Paths(Settings):
                        option="methods", command="none,fisher,hessian,clip,rms,scalar")
     seed:int = entry(0, "Of weights and noise", whole(0), option="seeds", command="2")
     samples:int = entry(10, "Noisy copies of each map", whole(1), option="samples")
-    sigma:float|None = entry(None, "Of the noise; default: .1 or .2, by loss", positive)
+    sigma:float|None = entry(None, "Size of the noise; default: .1 or .2, by loss",
+                             positive)
     kind:str|None = entry(None, "Difference of soft paths", one_of("l2", "l1"),
                           option="kinds", command="l2")
     loop:str = entry("for", "relaxed_bf's loop", one_of("for", "while"), option="loops")
@@ -229,7 +233,8 @@ class Paths(Settings):
     interpolation:float = entry(20., "λ of blackbox (the original's)", positive)
     epochs:int = entry(8, "Passes through the training maps", whole(1), command=3)
     batch:int = entry(50, "Maps in a step", whole(1))
-    lr:float|None = entry(None, "Of Adam; default: small 3e-3, resnet18 5e-4", positive)
+    lr:float|None = entry(None, "Learning rate of Adam; default: small 3e-3, resnet18 "
+                          "5e-4", positive)
     lam:float|str = entry(100., "Damping λ: number, typical or auto (v0.1)",
                           damping_or_rule, command="typical")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
@@ -373,7 +378,8 @@ class Classification(Settings):
     seed:int = entry(0, "Of weights and order", whole(0), option="seeds", command="3")
     epochs:int = entry(1, "Passes through the digits", whole(1), option="epochs")
     batch:int = entry(50, "Digits in a step", whole(1))
-    lr:float|None = entry(None, "Plain rate; default: sgd .3, adam 3e-3", positive)
+    lr:float|None = entry(None, "Learning rate of the plain loss; default: sgd .3, "
+                          "adam 3e-3", positive)
     gain:float = entry(1., "Factor on lr, not for the method none", positive)
     lam:float|str = entry(.1, "Damping λ: number, typical or auto", damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)

@@ -101,14 +101,17 @@ def _slopes(c, relaxation, steepness, order=2):
         return _autograd_slopes(c, relaxation, steepness, order)
     v, alpha = steep(c, relaxation, steepness), SIGMOIDS[relaxation][0]
     a, b = alpha(v), alpha(-v)
-    first = a*b if relaxation == "logistic" else 1/(math.pi*(1 + v*v))
-    up, down = (b, -a) if relaxation == "logistic" else (first/a, -first/b)
+    if relaxation == "logistic":
+        first, up, down = a*b, b, -a
+        def second(): return -first*(v/2).tanh(), -first, -first
+    else:
+        first = 1/(math.pi*(1 + v*v))
+        up, down = first/a, -first/b
+        def second():
+            bend = -2*math.pi*v*first*first
+            return bend, bend/a - up*up, -bend/b - down*down
     found, held = [steepness*o for o in (first, up, down)], (steepness*c).abs() > 1e10
-    if order > 1 and relaxation == "logistic":
-        found += [steepness**2*o for o in (-first*(v/2).tanh(), -first, -first)]
-    elif order > 1:
-        bend = -2*math.pi*v*first*first
-        found += [steepness**2*o for o in (bend, bend/a - up*up, -bend/b - down*down)]
+    if order > 1: found += [steepness**2*o for o in second()]
     return [o.masked_fill(held, 0.) for o in found]
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #d5a88e42
