@@ -173,11 +173,11 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
     loss = row(known.loc[d.idxmin()]) if d.min() < 0 else "none"
     failed = int(table.failed[table.method != "none"].sum())
     alone = int((table.pairs == 0).sum())
+    rows = f"{alone} row{'s'*(alone > 1)}"
     return (f"{tested} comparison{'s'*(tested > 1)} with the plain loss, "
             f"{sum(table.p_holm < 0.05)} significant after Holm's correction (p < 0.05)"
             + f", and {more} without a test (one pair, or equal differences)"*(more > 0)
-            + f"; {alone} row{'s'*(alone > 1)} without a plain loss of the same settings"*(
-                alone > 0)
+            + f"; {rows} without a plain loss of the same settings"*(alone > 0)
             + f"; {failed} run{'s'*(failed > 1)} of the methods failed"*(failed > 0)
             + f"; largest gain: {gain}; largest loss: {loss}; few seeds decide "
             f"nothing, and these are {known.pairs.max()}.")
