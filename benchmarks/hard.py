@@ -4,7 +4,7 @@
     python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order
     python benchmarks/hard.py map --data-dir mnist     where the plain loss fails: untuned, two seeds
     python benchmarks/hard.py cnn --data-dir mnist     the paper's network, as far as a CPU goes
-    python benchmarks/hard.py paths                    the smoothed loss of paths, by samples of noise
+    python benchmarks/hard.py paths                    losses of paths: smoothed, and relaxed
     python benchmarks/hard.py list-paths               what of that is finished, and what is to do
 
 Every method has five trials on two seeds that are used for nothing else, and takes the one with
@@ -50,8 +50,15 @@ PATHS = dict(none=PATH_RATES, rms=PATH_RATES,
              whiten=[o | dict(lam="typical") for o in PATH_RATES],
              fisher=at("lam", 1e-2, 1., 100.), scalar=at("lam", 1e-2, 1., 100.),
              clip=at("max_norm", 1., 10., 100.))
-SAMPLES = 3, 30, 10
-FIRST |= dict.fromkeys(SAMPLES, PATHS)
+HESSIANS = dict.fromkeys(("hessian", "hessian_abs"), at("lam", 1., 100., 1e4))
+SAMPLES, RELAXED = (3, 30, 10), "relaxed"
+FIRST |= dict.fromkeys(SAMPLES, PATHS | HESSIANS) | {RELAXED: PATHS}
+
+def path_queue():
+    "The same of the paths: samples of the smoothed loss or relaxed Bellman-Ford, method, seeds"
+    for seeds, samples, m in product((REPORTED, MORE), SAMPLES, PATHS): yield samples, m, seeds
+    for m in PATHS: yield RELAXED, m, MOST
+    for samples, m in product(SAMPLES, HESSIANS): yield samples, m, range(10)
 
 def queue():
     "What is run, in order: relaxation, method, steps, seeds, and what differs from the setting"
@@ -193,24 +200,26 @@ class Study:
         print(name, f"{len(records)} of {len(tasks)} runs", match, flush=True)
 
 class Paths(Study):
-    "The same for the smoothed loss of paths: trials of 3 epochs, runs of 8"
+    "The same for losses of paths: trials of 3 epochs, runs of 8"
     name, later = "hard_paths_", (1e-3, 1e-2)
     def load(self): return load_maps("terrain", None, 2000, 300, 1000)
 
     def tasks(self, samples, method, seeds, steps, loss=None, **setting):
         method = "fisher" if method == "default" else method
         train = dict(train=2000, valid=300, test=1000, epochs=3 if steps == TRIAL else 8)
-        return [PathTask(path_config("smoothed_loss", method, seed=s, samples=samples,
-                **self.same, **train, **setting), self.data) for s in seeds]
+        loss = dict(loss="smoothed_loss", samples=samples)
+        if samples == RELAXED: loss = dict(loss="relaxed_bf")
+        return [PathTask(path_config(**loss, method=method, seed=s, **self.same, **train,
+                                     **setting), self.data) for s in seeds]
 
     def go_through(self):
-        rows = product((REPORTED, MORE), SAMPLES, PATHS)
-        for seeds, samples, method in islice(rows, self.a.rows):
+        for samples, method, seeds in islice(path_queue(), self.a.rows):
+            name = f"{samples} {'samples '*(samples != RELAXED)}{method}"
             try: setting = self.chosen(samples, method, None)
             except Missing:
-                print(f"{samples} samples {method}: trials to do"); continue
+                print(f"{name}: trials to do"); continue
             tasks = self.tasks(samples, method, seeds, SHORT, **setting)
-            self.show(f"{samples} samples {method} {setting}", tasks, self.records("", tasks))
+            self.show(f"{name} {setting}", tasks, self.records("", tasks))
 
 def main():
     p = argparse.ArgumentParser(
