@@ -42,6 +42,8 @@ FIRST = { # Trials: five rates, or three values at one rate and the best of thes
 FIRST["neural_sort"] = FIRST["soft_sort"] | dict(
     fisher=lams(1e-2, .1, 1.), scalar=lams(1e-2, .1, 1.), hessian=lams(1., 10., 100.),
     clip=norms(.3, 1., 3.))
+FIRST["logistic"] = {m: FIRST["neural_sort"][m] for m in (
+    "none", "fisher", "default", "whiten", "scalar", "rms", "clip", "clip_grad")}
 
 def at(name, *values): return [dict(lr=3e-3, **{name: o}) for o in values]
 PATH_RATES = RATES[1:4] + [RATES[0], RATES[4]]
@@ -98,6 +100,9 @@ def queue():
         for m in ("default", best): yield r, m, SHORT, MOST, {}
     for m, more in ("fisher", {}), ("none", bce), ("scalar", {}): # Once more, other seeds
         yield "neural_sort", m, LONGER, MOST[:5], more
+    for seeds in (REPORTED, MORE):
+        for m in FIRST["logistic"]: yield "logistic", m, SHORT, seeds, {}
+        yield "logistic", "none", SHORT, seeds, bce
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
