@@ -9,8 +9,9 @@ from .core.newton import (
     newton_direction, newton_target)
 from .core.more import Krylov, MovingAverage, Remembering, Window
 from .core.check import check_loss
-from .sorting.losses import (
-    SortingLoss, neural_sort, soft_sort, sorting_network, true_permutation)
+from .sorting.relaxations import neural_sort, soft_sort, true_permutation
+from .sorting.fast_networks import sorting_network
+from .sorting.losses import SortingLoss
 from .paths.exact import shortest_path
 from .paths.relaxed import relaxed_bellman_ford
 from .paths.fenchel_young import FenchelYoungLoss, Noise

@@ -20,7 +20,8 @@ from newton_losses_nb.lab.experiment import fit
 from newton_losses_nb.core.directions import Fisher
 from newton_losses_nb.core.newton import OutputLoss
 from newton_losses_nb.lab.tasks import sorting_config
-from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
+from newton_losses_nb.sorting.relaxations import true_permutation
+from newton_losses_nb.sorting.losses import SortingLoss
 
 SIZE = dict(n=5, steps=200, lr=1e-2)
 

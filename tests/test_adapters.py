@@ -19,7 +19,7 @@ from newton_losses_nb.core.adapters import per_sample, permutation_loss
 from newton_losses_nb.core.check import QUESTIONS
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.paths.fenchel_young import Noise
-from newton_losses_nb.sorting.losses import ranking_loss
+from newton_losses_nb.sorting.relaxations import ranking_loss
 
 fast = settings(deadline=None, max_examples=25)
 

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from newton_losses_nb.core.derivatives import derivatives
-from newton_losses_nb.sorting.losses import SortingLoss, true_permutation
+from newton_losses_nb.sorting.relaxations import true_permutation
+from newton_losses_nb.sorting.losses import SortingLoss
 
 compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
 

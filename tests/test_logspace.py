@@ -16,8 +16,10 @@ from newton_losses_nb import NewtonLoss
 from newton_losses_nb.core.derivatives import NonFiniteError
 from newton_losses_nb.sorting.more import sinkhorn_sort, soft_rank
 from newton_losses_nb.sorting.relaxations import ranking_gradient
-from newton_losses_nb.sorting.losses import (
-    SortingLoss, element_match, exact_match, log_complement, neural_sort, ranking_loss, soft_sort, sorting_network, true_permutation)
+from newton_losses_nb.sorting.relaxations import (
+    log_complement, neural_sort, ranking_loss, soft_sort, true_permutation)
+from newton_losses_nb.sorting.fast_networks import sorting_network
+from newton_losses_nb.sorting.losses import SortingLoss, element_match, exact_match
 
 DIGITS = 90
 BETA, N_ITER = 10., 3

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from newton_losses_nb import NewtonLoss, SortingLoss
+from newton_losses_nb import NewtonLoss, OutputLoss, SortingLoss
 from newton_losses_nb.paths.relaxed import path_loss, relaxed_bellman_ford
 from newton_losses_nb.paths.exact import cost_optimality, exact_path_match, is_valid_path, path_cost, regret, shortest_path
 from newton_losses_nb.paths.fenchel_young import FenchelYoungLoss, Noise
-from newton_losses_nb.paths.smoothing import SmoothedAlgorithmLoss, SmoothedLoss, blackbox, smoothed_algorithm
+from newton_losses_nb.paths.smoothing import BlackboxLoss, SmoothedAlgorithmLoss, SmoothedLoss, blackbox, smoothed_algorithm
 from newton_losses_nb.sorting.losses import exact_match
 
 fast = settings(deadline=None, max_examples=30)
@@ -212,3 +212,30 @@ def test_results_of_another_shape_or_kind():
     with pytest.raises(TypeError, match="y_true: expected a tensor, got list"): FenchelYoungLoss(lambda c: c)(y, [[1.]*3]*2)
     with pytest.raises(TypeError, match="P_true: expected a tensor, got list"): SortingLoss()(y, [[0, 1, 2]]*2)
     with pytest.raises(TypeError, match="labels: expected a tensor, got list"): exact_match(y, [[0, 1, 2]]*2)
+
+
+FLAT = {"each map": lambda y: shortest_path(y.clamp(min=1e-3).unflatten(-1, (5, 5))).flatten(1), "all as one": lambda y: shortest_path(y.clamp(min=1e-3))}
+AROUND = {"Fenchel-Young": lambda s, noise: FenchelYoungLoss(s, noise),
+          "smoothed loss": lambda s, noise: SmoothedLoss(lambda y, t: (s(y) - t).abs().sum(1), noise),
+          "smoothed algorithm": lambda s, noise: SmoothedAlgorithmLoss(s, lambda a, t: (a - t).square().sum(1), noise),
+          "blackbox": lambda s, noise: BlackboxLoss(s, lambda w, t: (w - t).square().sum(1))}
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("shape", ((6, 25), (6, 5, 5)), ids=str)
+def test_a_solver_that_takes_the_batch_for_one_map(name, shape):
+    "Flat costs for a solver of maps, or maps that are taken for batches: refused, and right once each row is a map of its own"
+    c, t = torch.rand(shape) + 1, shortest_path(torch.rand(6, 5, 5)).reshape(shape)
+    state = torch.get_rng_state()
+    for call in (NewtonLoss(AROUND[name](FLAT["all as one"], Noise(.3, 4))), NewtonLoss(AROUND[name](FLAT["all as one"], Noise(.3, 4)), chunk_size=1)):
+        with pytest.raises(ValueError, match="expected (a result for each row alone|one row per sample)"): call(c.clone().requires_grad_(), t)
+    assert torch.equal(state, torch.get_rng_state())
+    if shape[1:] != (25,): return
+    noise = Noise(.3, fixed=torch.randn(4, 25))
+    loss = AROUND[name](FLAT["each map"], noise)
+    torch.testing.assert_close(OutputLoss(loss)(c.clone().requires_grad_(), t), loss.derivatives(c, t, hessian=False)[0].mean())
+
+@pytest.mark.parametrize("algorithm", (lambda y: y + torch.rand_like(y), lambda y: y[:, :0], lambda y: y.cumsum(1).double(), lambda y: 1/(y - y)))
+def test_algorithms_that_are_no_mistake(algorithm):
+    "Random, empty, of another type, not finite: not refused by the check of rows"
+    y, noise = torch.rand(6, 3), Noise(.3, 4)
+    SmoothedAlgorithmLoss(algorithm, lambda a: a.sum(1), noise).check_rows(y)

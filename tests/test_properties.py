@@ -12,7 +12,8 @@ from newton_losses_nb import (
     sorting_network, true_permutation)
 from newton_losses_nb.core.derivatives import derivatives
 from newton_losses_nb.core.solves import spectral_step, spectrum
-from newton_losses_nb.sorting.losses import element_match, exact_match, ranking_loss
+from newton_losses_nb.sorting.relaxations import ranking_loss
+from newton_losses_nb.sorting.losses import element_match, exact_match
 
 D, NETWORKS = torch.double, ("logistic", "logistic_art", "gaussian", "cauchy", "reciprocal", "optimal")
 TOLERANCE = {torch.double: 1e-9, torch.float: 1e-4, torch.half: 1e-2, torch.bfloat16: 5e-2}

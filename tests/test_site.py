@@ -53,6 +53,9 @@ def test_sources_are_lists_of_lines(tool):
     cell = dict(cell_type='markdown', source='# Title\n\n$$a=b$$ {#eq-one}\n\nSee [[`f`](https://a.example/f.html#f)](f.ipynb) and [`_g`](https://a.example/f.html#_g).')
     site.polish(cell, set(), set())
     assert cell['source'] == ['# Title\n', '\n', '$$a=b$$ {#eq-one}\n', '\n', 'See [`f`](f.ipynb) and `_g`.']
+    index = dict(cell_type='code', source='Markdown(names)', outputs=[dict(data={'text/markdown': '- [[`f`](https://a.example/f.html#f)](f.ipynb): first'})])
+    site.polish(index, set(), set())
+    assert index['outputs'][0]['data']['text/markdown'] == ['- [`f`](f.ipynb): first']
     assert site.lines('a\n\nb\u2028c\n') == ['a\n', '\n', 'b\u2028c\n'] and site.lines('') == []
 
 

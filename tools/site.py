@@ -42,6 +42,7 @@ def polish(cell, types, shown):
     if cell['cell_type'] == 'markdown': s = prose(s)
     for output in cell.get('outputs', []):
         data = output.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = lines(prose(''.join(data['text/markdown'])))
         if 'text/markdown' in data and 'show_doc(' in s:
             data['text/markdown'] = lines(documented(''.join(data['text/markdown']), types))
             shown |= set(re.findall(r'show_doc\((\w+)', s))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .derivatives import of_samples
 from .solves import choice
-from ..sorting.losses import ranking_loss, true_permutation
+from ..sorting.relaxations import ranking_loss, true_permutation
 
 # %% ../../nbs/core/08_adapters.ipynb #730caaa7
 def _shape(x):

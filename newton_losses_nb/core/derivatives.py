@@ -247,7 +247,10 @@ def derivatives(
     "Loss, gradient and second derivatives of every sample, detached"
     if mask is not None: loss_fn, y = _Padded(loss_fn, mask), y.where(mask, 0)
     with torch.inference_mode(False), torch.enable_grad(), exactly(y.device):
-        if hasattr(loss_fn, "derivatives"): return _own(loss_fn, y, args, second)
+        if hasattr(loss_fn, "derivatives"):
+            rows = getattr(loss_fn, "check_rows", None)
+            if check and rows and len(y) > 1: rows(y.detach(), *args)
+            return _own(loss_fn, y, args, second)
         y, *args = [a.clone() if isinstance(a, Tensor) and a.is_inference() else a
                     for a in (y.detach(), *args)]
         loss, G = sample_losses(loss_fn, y.requires_grad_(), *args), None
@@ -270,6 +273,7 @@ class _Padded:
     def __init__(self, loss_fn, mask):
         self.loss_fn, self.mask = loss_fn, mask
         if hasattr(loss_fn, "derivatives"): self.derivatives = self.own_derivatives
+        if hasattr(loss_fn, "check_rows"): self.check_rows = self.own_check
 
     def sets(self, y, args):
         "For each size: which samples, which outputs, and what the loss is called with"
@@ -295,6 +299,9 @@ class _Padded:
             found = sample_losses(self.loss_fn, *given)
             loss = loss.to(found.dtype).index_copy(0, i, found)
         return loss
+
+    def own_check(self, y, *args):
+        for *_, given in self.sets(y, args): self.loss_fn.check_rows(*given)
 
     def own_derivatives(self, y, *args, hessian):
         loss, G = y.new_zeros(len(y)), torch.zeros_like(y)

@@ -31,8 +31,8 @@ from ..paths.relaxed import path_loss, relaxed_bellman_ford
 from ..paths.fenchel_young import FenchelYoungLoss, Noise
 from ..paths.smoothing import (
     BlackboxLoss, SmoothedAlgorithmLoss, SmoothedLoss)
-from ..sorting.losses import (
-    SortingLoss, element_match, exact_match, true_permutation)
+from ..sorting.relaxations import true_permutation
+from ..sorting.losses import SortingLoss, element_match, exact_match
 
 # %% ../../nbs/lab/05_tasks.ipynb #ce7710f9
 class _Whole(Task):

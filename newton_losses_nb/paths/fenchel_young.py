@@ -6,6 +6,7 @@
 __all__ = ['DISTRIBUTIONS', 'Distribution', 'Noise', 'draw_noise', 'ratio_minus_1', 'minus_baseline', 'FenchelYoungLoss']
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #ac1782e2
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.derivatives import check_outputs, of_samples
+from ..core.derivatives import check_outputs, of_samples, unseen
 from ..core.solves import choice, number, positive
 from .exact import check_same_shape
 
@@ -154,6 +155,21 @@ def check_tensor(name, f):
         f"{name}: expected a torch tensor, got {type(f).__module__}."
         f"{type(f).__name__}: return torch.as_tensor(...)")
 
+def check_rows(name, algorithm, y, args=()):
+    "Raise if what an algorithm makes of the first row of `y` changes with the second"
+    own, changes = of_samples(args, [len(y)]), False
+    def first(n):
+        some = [a[:n] if o else a for a, o in zip(args, own)]
+        return call(name, algorithm, y[:n, None], some)[0].double()
+    with contextlib.suppress(Exception), unseen(algorithm, args):
+        pair, again, alone = first(2), first(2), first(1)
+        near = torch.allclose(pair, alone, 1e-3, equal_nan=True)
+        changes = torch.equal(pair, again) and not near
+    if changes: raise ValueError(
+        f"{name}: expected a result for each row alone, but that of the first changes "
+        f"with the second; rows have shape {tuple(y.shape[1:])}, and an algorithm for "
+        "maps needs y.unflatten(-1, (H, W)) (give the loss flat outputs, (N, H·W))")
+
 # %% ../../nbs/paths/02_fenchel_young.ipynb #a966354a
 def ratio_minus_1(y:Float[Tensor, "N m"], e:Float[Tensor, "N S m"],
                   noise:Noise) -> Float[Tensor, "N S"]:
@@ -184,6 +200,10 @@ class FenchelYoungLoss(AsCode):
     def __post_init__(self):
         check_noise(self.noise)
         self.floor = checked_floor(self.floor)
+
+    def check_rows(self, y, *args):
+        "Raise if the solver does not solve each row alone"
+        check_rows("solver", self.solver, raised(y, self.floor))
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #908497a5
 def checked_floor(x): return None if x is None else number("floor", x, -math.inf)

@@ -18,8 +18,8 @@ from ..core.derivatives import (
 from ..core.solves import positive
 from .exact import check_same_shape
 from .fenchel_young import (
-    AsCode, Noise, call, check_noise, check_tensor, checked_floor, draw_noise,
-    minus_baseline, raised, ratio_minus_1)
+    AsCode, Noise, call, check_noise, check_rows, check_tensor, checked_floor,
+    draw_noise, minus_baseline, raised, ratio_minus_1)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #68dfba94
 def smoothed_algorithm(
@@ -76,6 +76,10 @@ class SmoothedLoss(AsCode):
         H = _weighted_hessian(centred, e, noise) if hessian else None
         return f.mean(1), G, H
 
+    def check_rows(self, y, *args):
+        "Raise if the loss of a row changes with other rows"
+        check_rows("loss_of_algorithm", self.loss_of_algorithm, y, args)
+
     def _losses(self, y, args):
         name = "loss_of_algorithm"
         f, *rest = _sample(name, self.loss_of_algorithm, y, self.noise, args)
@@ -115,6 +119,10 @@ class SmoothedAlgorithmLoss(AsCode):
         if self.gauss_newton: return loss, G, H
         weight = torch.einsum("nsk,nk->ns", centred, dL)
         return loss, G, H + _weighted_hessian(weight, e, noise)
+
+    def check_rows(self, y, *args):
+        "Raise if the algorithm's result for a row changes with other rows"
+        check_rows("algorithm", self.algorithm, y)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #403c11b9
 class _Blackbox(torch.autograd.Function):
@@ -167,3 +175,7 @@ class BlackboxLoss(AsCode):
         if hessian: raise ValueError("loss_fn: blackbox differentiation has no second "
                                      "derivative; use curvature='fisher'")
         return derivatives_of(self.__call__, y, *args, check=False)
+
+    def check_rows(self, y, *args):
+        "Raise if the solver does not solve each row alone"
+        check_rows("solver", self.solver, raised(y, self.floor))
