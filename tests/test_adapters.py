@@ -519,3 +519,22 @@ def test_a_nan_is_no_other_reduction():
     y = torch.randn(2, 3)
     y[0, 0] = torch.nan
     assert per_sample(nn.MSELoss())(y, torch.zeros(2, 3)).isnan().tolist() == [True, False]
+
+def test_small_losses_are_judged_alike():
+    "Statistics of the batch, whatever the size of the loss"
+    y, t = batch(20)
+    for size in (1e-7, 1., 1e7):
+        with pytest.raises(ValueError, match="statistics of the batch"): per_sample(lambda y, t: size*(y - y.mean(0) - t).square().sum(1).mean())(y, t)
+
+def test_what_is_not_finite():
+    y, t = batch(24)
+    words = check_loss(lambda y, t: torch.where((y[:, 0] == y[3, 0]), torch.nan*square(y, t), square(y, t)), y, t)["finite"].words
+    assert words.startswith("the value is NaN or infinite in 1 of 24 samples, first in sample 3")
+
+def test_a_scripted_module():
+    class Scripted(torch.nn.Module):
+        def forward(self, y, t): return (y - t).square().sum(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(Scripted())
+    assert check_loss(scripted, *batch(20)).ok

@@ -2,12 +2,15 @@
 import copy
 import functools
 import pickle
+import random
 from functools import cache
 from types import SimpleNamespace
 
 import mpmath as mp
+import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from reference import Case, bumpy, close, data, run, step
 from torch import nn
@@ -17,6 +20,7 @@ from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, FenchelYoungLoss, Fisher, Hessian, Krylov, MovingAverage,
     NewtonLoss, Noise, Normalize, OutputLoss, PerSample, Remembering, SmoothedAlgorithmLoss, SmoothedLoss,
     SortingLoss, Whiten, Window, check_loss, inject_fisher, neural_sort, newton_direction, soft_sort, true_permutation, ClippedLoss, ScalarStepLoss)
+from newton_losses_nb.core.derivatives import NonFiniteError
 from newton_losses_nb.core.adapters import per_sample, permutation_loss
 
 SECOND = {"hessian": lambda lam: Hessian(lam), "diagonal": lambda lam: DiagonalHessian(lam),
@@ -1127,3 +1131,72 @@ def test_a_resumed_run_draws_the_same_noise_of_its_own():
             if remade: loss = make()
         return torch.stack(grads)
     assert torch.equal(run(False), run(True))
+
+# ---------------------------------------------------------------- what a trial leaves behind, and what a copy takes along
+
+class Centre(torch.nn.Module):
+    "A running mean as attribute and as buffer, a count, and noise that is not torch's"
+    def __init__(self):
+        super().__init__()
+        self.calls, self.mean = 0, torch.zeros(4)
+        self.register_buffer("kept", torch.zeros(4))
+    def forward(self, y, t):
+        self.calls, self.mean = self.calls + 1, .9*self.mean + .1*t.mean(0)
+        self.kept.mul_(.9).add_(.1*t.mean(0))
+        return (y - t + self.mean).square().sum(1)*(1 + random.random() + numpy.random.rand())
+
+@pytest.mark.parametrize("kw", [{}, dict(curvature="hessian"), dict(check=False), dict(on_nonfinite="skip"), dict(curvature=PerSample(Hessian(1.)))], ids=str)
+def test_a_first_call_is_one_call(kw):
+    "The checks of a first call leave no trace in what the loss keeps or draws, so that a resumed run goes on as it would have"
+    f, plain, told = Centre(), Centre(), []
+    batches = torch.randn(4, 2, 6, 4)
+    for loss, module in ((NewtonLoss(f, **kw), f), (lambda y, t: plain(y, t).mean(), plain)):
+        random.seed(0); numpy.random.seed(0)
+        told.append([loss(y.clone().requires_grad_(), t).item() for y, t in batches])
+        assert module.calls == 4
+    assert told[0] == pytest.approx(told[1])
+    for name in ("mean", "kept"): assert torch.equal(getattr(f, name), getattr(plain, name))
+
+def test_a_copy_knows_no_micro_batches():
+    "Nor the last batch; made inside `accumulated`, as an average of a model's weights is"
+    y, t = torch.randn(2, 6, 4)
+    f, loss = lambda y, t: ((y - t).square() + 1).sqrt().sum(1), None
+    loss = NewtonLoss(f, lam=.1)
+    want = sent(loss, y, t)
+    with loss.accumulated([(y + 5, t)]):
+        copied = copy.deepcopy(loss)
+        assert not torch.allclose(sent(loss, y, t), want)
+    assert torch.equal(sent(copied, y, t), want)
+    assert not {"sent", "taking"} & {*vars(copy.deepcopy(loss))}
+
+KINKS = {"Huber": lambda y, t: F.smooth_l1_loss(y, t, reduction="none").sum(1), "squared hinge": lambda y, t: (1 - (y[:, :, None] - y[:, None])).relu().square().sum((1, 2)),
+         "past zero": lambda y, t: 10*(-y).relu().square().sum(1)}
+
+@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_outputs_on_a_kink_of_the_gradient(name, dtype):
+    "Zeros of a new last layer or after a ReLU, whole numbers from the targets: no reason to refuse a Hessian"
+    t = torch.randint(0, 3, (40, 4)).to(dtype)
+    for y in (torch.zeros(40, 4), t.float() + torch.randint(-1, 2, (40, 4)), torch.randn(40, 4).relu()):
+        assert sent(NewtonLoss(KINKS[name], "hessian", lam=1.), y.to(dtype), t).isfinite().all()
+
+@pytest.mark.parametrize("scale, on_nonfinite, says", [(2., "raise", None), (lambda: 2., "raise", None), (1., "raise", NonFiniteError), (2., "skip", 0), (2., "gradient", 0)])
+def test_overflow_behind_inject_fisher(scale, on_nonfinite, says):
+    "With a scale it is passed on as it is: the scaler skips the step"
+    y = torch.randn(4, 3, requires_grad=True)
+    g = torch.randn(4, 3); g[1, 2] = torch.inf
+    z = inject_fisher(y, .1, scale=scale, on_nonfinite=on_nonfinite)
+    if says is NonFiniteError:
+        with pytest.raises(NonFiniteError): z.backward(g)
+        return
+    z.backward(g)
+    if says is None: assert torch.equal(y.grad, g)
+    else: assert y.grad[[0, 2, 3]].isfinite().all()
+
+def test_a_parameter_is_no_setting():
+    with pytest.raises(ValueError, match="lam: expected a finite number"): NewtonLoss(lambda y: y.square().sum(1), lam=torch.nn.Parameter(torch.tensor(1.)))
+
+def test_the_derivative_that_is_not_finite_is_named():
+    f = lambda y: (y - 1).square().sum(1) + y.abs().pow(1.5).sum(1)
+    for way in (Krylov(.1), PerSample(Hessian(.1))):
+        with pytest.raises(ValueError, match="or second derivatives are not finite"): sent(OutputLoss(f, way, check=False), torch.zeros(3, 2))

@@ -1,4 +1,5 @@
 "Two and three gloo processes with uneven and empty parts take the step of one, and fail together"
+import copy
 import os
 import sys
 import time
@@ -11,10 +12,10 @@ import torch.multiprocessing as mp
 from reference import Case, bumpy, close, data, holes, run, step
 
 from newton_losses_nb import (
-    DiagonalHessian, Fisher, Hessian, Krylov, NewtonLoss, OutputLoss, PerSample, Scalar,
-    inject_fisher)
+    ClippedLoss, DiagonalHessian, Fisher, Hessian, Krylov, NewtonLoss, OutputLoss, PerSample,
+    Remembering, Scalar, Window, inject_fisher)
 from newton_losses_nb.core.derivatives import NonFiniteError
-from newton_losses_nb.core.evidence import SingularError
+from newton_losses_nb.core.evidence import Batch, SingularError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and files as a meeting point")
 
@@ -96,7 +97,31 @@ def errors(rank, size):
              "shape": lambda: run(NewtonLoss(bumpy, lam=.1), y[:, :3] if last else y,
                                   u[:, :3] if last else u, w),
              "mask": lambda: run(NewtonLoss(bumpy, lam=.1), y, u, w, mask=y if last else y > 0)}
+    def lam(square, e):
+        if last: raise KeyError("a fault of my own")
+        return .1
+    def product(y, *args):
+        x = y*1
+        if last and y.requires_grad: x.register_hook(lambda g: Fails.apply(g))
+        return bumpy(x, *args)
+    def memory():
+        loss = OutputLoss(bumpy, Remembering(Fisher(.1), Window(3)))
+        with torch.no_grad(): past = OutputLoss(bumpy, Fisher(.1), group=None).direction.observe(Batch(None, y, None))
+        if last: loss.direction.memory.keep([past])
+        return run(loss, y, u, w)
+    deep = lambda make: lambda: run(make(), *(x.expand(2 + last, *x.shape) for x in (y, u, w)))
+    calls |= {"krylov's lam": lambda: run(OutputLoss(bumpy, Krylov(lam)), y, u, w),
+              "krylov's products": lambda: run(OutputLoss(product, Krylov(.1), check=False), y, u, w), "memory": memory,
+              "leading": deep(lambda: NewtonLoss(bumpy, lam=.1)), "leading, clip": deep(lambda: ClippedLoss(bumpy)),
+              "group": lambda: run(NewtonLoss(bumpy, group=[0, 1]), y, u, w)}
     return calls
+
+class Fails(torch.autograd.Function):
+    "The identity; its gradient has none"
+    @staticmethod
+    def forward(ctx, g): return g*1
+    @staticmethod
+    def backward(ctx, g): raise KeyError("a fault of my own")
 
 def one_call(rank, size):
     "Single calls: what they send back"
@@ -115,8 +140,28 @@ def one_call(rank, size):
         team = torch.nn.parallel.DistributedDataParallel(net)
         NewtonLoss(bumpy, lam=.1)(team(y[:, :3]), u, w).backward()
         return net.weight.grad
+    def learned():
+        "A loss with a weight of its own; the last process has no samples"
+        class Weighted(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = torch.nn.Parameter(torch.ones(4).double())
+            def forward(self, y, u, w): return bumpy(self.a*y, u, w)
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net, self.loss = torch.nn.Linear(3, 4).double(), NewtonLoss(Weighted(), lam=.1)
+            def forward(self, x, u, w): return self.loss(self.net(x), u, w)
+        team = torch.nn.parallel.DistributedDataParallel(Model())
+        some = slice(0, 0) if rank == size - 1 else slice(None)
+        for _ in range(2): team(y[some, :3], u[some], w[some]).backward()
+        return team.module.loss.loss_fn.a.grad
+    def copied():
+        loss = NewtonLoss(bumpy, lam=.1, group=team)
+        return run(copy.deepcopy(loss), y, u, w)[1] - run(loss, y, u, w)[1]
+    team = dist.new_group(range(size))
     nothing = torch.zeros_like(y, dtype=torch.bool)
-    return {"inject mean": lambda: inject("mean"), "inject sum": lambda: inject("sum"),
+    return {"learned": learned, "copied": copied, "inject mean": lambda: inject("mean"), "inject sum": lambda: inject("sum"),
             "accumulated": accumulated, "ddp": ddp,
             "nobody": lambda: run(NewtonLoss(bumpy, lam=.1), y[:0], u[:0], w[:0]),
             "all padding": lambda: run(NewtonLoss(bumpy, lam=.1), y, u, w, mask=nothing),
@@ -250,14 +295,28 @@ def test_ddp(world):
 
 @pytest.mark.parametrize("name, what", [
     ("outputs", 1), ("outputs, own", 1), ("outputs, krylov", 1), ("loss", 1), ("exception", None),
-    ("singular", 2), ("singular, own", 2), ("inject", 1), ("shape", None), ("mask", None)])
+    ("singular", 2), ("singular, own", 2), ("inject", 1), ("shape", None), ("mask", None),
+    ("krylov's lam", None), ("krylov's products", None), ("memory", None), ("leading", None), ("leading, clip", None)])
 def test_an_error_in_one_is_raised_in_all(world, name, what):
     for rank, f in enumerate(world[1]):
         assert name in f, f["end"]
         found = f[name]
         assert found[0] != "none" and "imeout" not in found[3], (rank, found)
         if what: assert found[what], (rank, found)
-    if name == "exception": assert "a fault of my own" in world[1][-1][name][3]
+    if name in ("exception", "krylov's lam"): assert "a fault of my own" in world[1][-1][name][3]
+
+def test_a_learned_loss_without_samples(world):
+    "No process waits, and all have the same gradient"
+    found = of_all(world, "learned")
+    for grad in found: assert grad.any() and torch.equal(grad, found[0])
+
+def test_a_copy_has_the_same_group(world):
+    for d in of_all(world, "copied"): assert not d.any()
+
+@pytest.mark.parametrize("name, said", [("leading", "equal leading dimensions"), ("leading, clip", "equal leading dimensions"), ("memory", "remembered batches"),
+                                        ("shape", "as many outputs"), ("group", "expected 'auto', None or a process group")])
+def test_what_all_must_have_alike(world, name, said):
+    for f in world[1]: assert said in f[name][3], f[name]
 
 def test_a_step_after_the_errors(world):
     past = [batch(k, "plain") for k in range(3)]

@@ -7,11 +7,9 @@ __all__ = ['QUESTIONS', 'Finding', 'LossReport', 'check_loss']
 
 # %% ../../nbs/core/07_check.ipynb #3f21c536
 import copy
-import gc
 import random
 import sys
 import textwrap
-import types
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,52 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .derivatives import check_outputs, derivatives, widened
+from .derivatives import check_outputs, derivatives, unseen, widened
 from .evidence import Batch
 from .directions import Fisher, Whiten
 from .newton import (
     ClippedLoss, NewtonLoss, NormalizedLoss, OutputLoss)
-
-# %% ../../nbs/core/07_check.ipynb #fae74257
-def _kept(module):
-    "Attributes and buffers of a module itself"
-    kept = [(k, b, b if b is None else b.detach().clone())
-            for k, b in module._buffers.items()]
-    return dict(vars(module)), kept
-
-def _put_back(module, state):
-    attributes, kept = state
-    vars(module).clear()
-    vars(module).update(attributes)
-    module._buffers.clear()
-    for k, b, value in kept:
-        module._buffers[k] = b
-        if b is not None: b.data.copy_(value)
-
-def _states(root, kinds, limit=10_000):
-    "What reads and what sets each generator and buffer inside `root`, near ones first"
-    seen, todo = set(), [root]
-    closed = type, types.ModuleType, Tensor, str, bytes, int, float, random.SystemRandom
-    for o in todo:
-        if id(o) in seen or isinstance(o, closed) or len(seen) == limit: continue
-        if isinstance(o, dict) and "__builtins__" in o: continue
-        seen.add(id(o))
-        todo += gc.get_referents(o)[:1000]
-        if isinstance(o, types.FunctionType):
-            todo += [o.__globals__.get(name) for name in o.__code__.co_names]
-        if isinstance(o, nn.Module): yield partial(_kept, o), partial(_put_back, o)
-        if isinstance(o, torch.Generator): yield o.get_state, o.set_state
-        if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
-
-def _noise(root, device):
-    "The global generators; what reads and what sets them and all that is in `root`"
-    known, kinds = [torch.default_generator, random._inst], [random.Random]
-    if np := sys.modules.get("numpy"):
-        known.append(np.random.mtrand._rand)
-        kinds += [np.random.RandomState, np.random.BitGenerator]
-    if device.type == "cuda":
-        known.append(torch.cuda.default_generators[device.index or 0])
-    return known, list(_states((known, root), tuple(kinds)))
 
 # %% ../../nbs/core/07_check.ipynb #8f544ad9
 class _Probe:
@@ -77,7 +34,6 @@ class _Probe:
             real = isinstance(a, Tensor) and a.is_floating_point()
             return (a.to(dtype) if dtype else widened(a)).detach() if real else a
         self.loss_fn, (self.y, *self.args) = loss_fn, map(cast, (y, *args))
-        self.generators, self.states = _noise((loss_fn, args), y.device)
         draw = torch.Generator().manual_seed(0)
         V = torch.randn(4, *y.shape, generator=draw, dtype=torch.double, device="cpu")
         self.V = V.to(self.y)                        # directions
@@ -86,11 +42,10 @@ class _Probe:
     def call(self, f, y):
         "`f` on copies, with global generators at 0; afterwards all noise is as before"
         args = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
-        before = [(put, get()) for get, put in self.states]
-        for o in self.generators: getattr(o, "manual_seed", o.seed)(0)
-        try: return f(y.clone(), *args)
-        finally:
-            for put, state in before: put(state)
+        with unseen(self.loss_fn, self.args):
+            torch.manual_seed(0), random.seed(0)
+            if "numpy" in sys.modules: sys.modules["numpy"].random.seed(0)
+            return f(y.clone(), *args)
 
     def values(self, y): return self.call(self.loss_fn, y).detach()
 
@@ -150,8 +105,8 @@ def _compare(f, exact, y, V, what, flat):
     among = f" of {judged.sum()} directions" + f", {kink:.0%} at a kink"*(kink > 0)
     if not wrong: return _ok(f"right in all{among}", "right")
     worst = int((miss*(off & ~bent)).nan_to_num().amax(0).argmax())
-    text = (f"disagrees with differences of the {what} in {wrong:.0%}{among}, most in "
-            f"sample {worst}")
+    text = f"disagrees with differences of the {what} in {wrong:.0%}{among}"
+    if len(off[0]) > 1: text += f", most in sample {worst}"
     return _problem(text, "wrong") if wrong > 0.05 else _note(text, "mostly right")
 
 # %% ../../nbs/core/07_check.ipynb #1d1348bc
@@ -173,7 +128,6 @@ def _ask_shape(p):
         f"returns {loss.dtype}, which has no gradient", "integer")
 
 def _ask_untouched(p):
-    p.__init__(p.loss_fn, p.y, p.args)               # some make generators when called
     given = p.call(lambda *given: (p.loss_fn(*given), given)[1], p.y)
     for i, (a, b) in enumerate(zip(given, (p.y, *p.args))):
         if not isinstance(a, Tensor) or torch.equal(a, b): continue
@@ -218,10 +172,12 @@ def _ask_finite(p):
     value, p.G = p.values(p.y).isfinite(), p.gradient(p.y)
     p.good = value & p.G.isfinite().all(1)
     if p.good.all(): return
-    name, bad = "gradient" if value.all() else "value", (~p.good).nonzero()[:, 0]
+    name, bad = ("gradient", p.good) if value.all() else ("value", value)
+    bad = (~bad).nonzero()[:, 0]
+    more = ", the gradient in others"*(len(bad) < (~p.good).sum().item())
     return (_problem if p.good.any() else _fatal)(
         f"the {name} is NaN or infinite in {len(bad)} of {len(value)} samples, first "
-        f"in sample {bad[0]}", "non-finite")
+        f"in sample {bad[0]}{more}", "non-finite")
 
 def _ask_independent(p):
     y, n, draw = p.y, len(p.y), torch.Generator().manual_seed(0)
@@ -231,24 +187,23 @@ def _ask_independent(p):
     loss = p.values(y)
     near = _fine(y, 1e-9, 1e-4)*(loss.abs() + loss.abs().nanmedian())
     mixed = (y + y.roll(1, 0))/2 + 0.01*_natural_step(y)*p.V[0]
-    own = [isinstance(a, Tensor) and a.ndim and len(a) == n != y.shape[1]
-           for a in p.args]                          # n = m: it may be of all samples
     def exchanged(rows, y, *args):
-        return p.loss_fn(y, *(
-            a.roll(1, 0).where(rows.view(-1, *[1]*(a.ndim - 1)), a) if o else a
-            for a, o in zip(args, own)))
+        for a in args:                               # n = m: it may be of all samples
+            if isinstance(a, Tensor) and a.ndim and len(a) == n != y.shape[1]:
+                a[rows] = a.roll(1, 0)[rows]
+        return p.loss_fn(y, *args)
     for _ in range(4):
         half = torch.randperm(n, generator=draw, device="cpu") < (n + 1)//2
         for rows in (half.to(y.device), ~half.to(y.device)):
-            values = {"outputs": p.values(mixed.where(rows[:, None], y))}
+            values = {"leak": p.values(mixed.where(rows[:, None], y))}
             with suppress(Exception):
-                values["arguments"] = p.call(partial(exchanged, rows), y)
-            for what, value in values.items():
+                values["mixed"] = p.call(partial(exchanged, rows), y)
+            for kind, value in values.items():
                 hit = (((value - loss).abs() > near) & ~rows).nonzero()
+                what = "outputs" if kind == "leak" else "arguments"
                 if len(hit): return _problem(
-                    f"the loss of sample {int(hit[0])} changes with the {what} of "
-                    "others",
-                    "leak" if what == "outputs" else "mixed")
+                    f"the loss of sample {hit[0].item()} changes with the {what} of "
+                    "others", kind)
     try: p.gradient(y, check=True)
     except ValueError:
         scaled = partial(derivatives, lambda *a: p.loss_fn(*a)/256, check=False)
@@ -343,23 +298,16 @@ def _ask_size(p):
     return _ok(text, rms)
 
 # %% ../../nbs/core/07_check.ipynb #6c53f157
-def _by_part(direction, G, rows):
-    "Directions of all gradients by the curvature of some"
-    return direction(direction.observe(Batch(None, G[rows], None)), G)
-
-def _halves(G):
-    "Eight random halves of the rows, whatever their order"
-    order, draw = _norm(G).argsort(), torch.Generator().manual_seed(0)
-    mixed = (torch.randperm(len(G), generator=draw, device="cpu") for _ in range(8))
-    return [order[i.to(G.device)].tensor_split(2) for i in mixed]
-
 def _turn(G):
     "Cosines: directions and gradients; directions by the curvature of either half"
-    def cosine(A, B): return torch.cosine_similarity(A.ravel(), B.ravel(), 0, 1e-300)
     G = torch.ldexp(G, -G.abs().amax().log2().ceil())   # no square underflows
-    by = partial(_by_part, Fisher(), G)
-    halves = [cosine(by(a), by(b)) for a, b in _halves(G)]
-    return float(cosine(by(slice(None)), G)), float(sum(halves)/len(halves))
+    fisher, draw = Fisher(), torch.Generator().manual_seed(0)
+    def by(rows): return fisher(fisher.observe(Batch(None, rows, None)), G)
+    def cosine(A, B): return torch.cosine_similarity(A.ravel(), B.ravel(), 0, 1e-300)
+    mixed = (torch.randperm(len(G), generator=draw, device="cpu") for _ in range(8))
+    rows = G[_norm(G).argsort()]                     # whatever their order
+    halves = [cosine(*map(by, rows[i.to(G.device)].tensor_split(2))) for i in mixed]
+    return float(cosine(by(G), G)), float(sum(halves)/len(halves))
 
 def _ask_direction(p):
     G = p.G[p.good]
@@ -448,22 +396,19 @@ class LossReport:
     def __repr__(self):
         lines = [self.about]
         for title in (_SHAPE, _RIGHT, _TURN):
-            asked = {q: f for q, f in self.findings.items()
-                     if QUESTIONS[q][0] == title and f.words}
-            bad = {q: f for q, f in asked.items() if f.verdict not in ("ok", "unknown")}
-            known = {f.verdict for f in asked.values()} - {"unknown"}
-            answer = "yes" if known else "not judged"
-            if bad: answer = "no"
+            known = {q: f for q, f in self.findings.items()
+                     if QUESTIONS[q][0] == title and f.verdict != "unknown"}
+            bad = {q: f for q, f in known.items() if f.verdict != "ok"}
+            answer = "no" if bad else "yes" if known else "not judged"
             if {f.verdict for f in bad.values()} == {"note"}: answer = "yes, but"
             if title == _TURN: answer = self["Newton direction"].words or "not judged"
             lines.append(f"{title:26} {answer}")
             lines += [textwrap.fill(f"   - {q}: {f.words}", 88, subsequent_indent=5*" ")
                       for q, f in bad.items()]
-        line = "nothing, before this is mended" if self.fatal else self.line
-        lines.append(f"4. Recommended:            {line}")
-        titles = "   Train beside it:", "   And, bolder:"
-        lines += [f"{title:26} {self._call(*other)}"
-                  for title, other in zip(titles, self.beside)]
+        told = [self.line, *(self._call(*other) for other in self.beside)]
+        if self.fatal: told = ["nothing, before this is mended"]
+        titles = "4. Recommended:", "   Train beside it:", "   And, bolder:"
+        lines += [f"{title:26} {line}" for title, line in zip(titles, told)]
         why = textwrap.indent(textwrap.fill(self.why, 85), "   ")
         return "\n".join(lines + [why]*bool(why))
 

@@ -7,28 +7,40 @@ __all__ = ['NonFiniteError', 'check_outputs', 'sample_losses', 'random_signs', '
 
 # %% ../../nbs/core/01_derivatives.ipynb #ba0b0b01
 import contextlib
+import gc
+import random
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, ModuleType
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+# %% ../../nbs/core/01_derivatives.ipynb #3f0a51c2
+def kind_of(x):
+    "Type, of a tensor dtype and shape, for the text of an error"
+    if not isinstance(x, Tensor): return type(x).__name__
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+def check_same_shape(name, x, other, y):
+    for k, v in ((name, x), (other, y)):
+        if not isinstance(v, Tensor): raise TypeError(
+            f"{k}: expected a tensor, got {type(v).__name__}")
+    if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, "
+                                            f"{tuple(y.shape)}, got {tuple(x.shape)}")
+
 # %% ../../nbs/core/01_derivatives.ipynb #01af4a92
 class NonFiniteError(ValueError):
     "Raised when outputs, losses or derivatives hold NaN or infinity"
 
-def _given(x):
-    if not isinstance(x, Tensor): return type(x).__name__
-    return f"{x.dtype} of shape {tuple(x.shape)}"
-
 def check_outputs(y:Tensor, mask:Tensor|None=None):
     "Raise unless `y` is a floating-point tensor (…, N, m), and a mask fits it"
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"y: expected a floating-point tensor, got {_given(y)}")
+        raise TypeError(f"y: expected a floating-point tensor, got {kind_of(y)}")
     if y.ndim < 2 or not y.shape[-1]:
         hint = "; use y[:, None] for one output"*(y.ndim == 1)
         raise ValueError(f"y: expected shape (N, m), got {tuple(y.shape)}{hint}")
@@ -36,7 +48,7 @@ def check_outputs(y:Tensor, mask:Tensor|None=None):
     boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
     if not boolean or mask.shape != y.shape:
         raise ValueError(f"mask: expected a bool tensor of shape {tuple(y.shape)}, "
-                         f"True where an output is real, got {_given(mask)}")
+                         f"True where an output is real, got {kind_of(mask)}")
 
 # %% ../../nbs/core/01_derivatives.ipynb #7992484a
 def sample_losses(
@@ -54,40 +66,31 @@ def sample_losses(
     if shape == y.shape or shape and shape[0] == len(y) != shape[-1]:
         hint = "; sum over the other axes"
     raise ValueError(f"loss_fn: expected one loss per sample, shape ({len(y)},), "
-                     f"got {_given(loss)}{hint}")
+                     f"got {kind_of(loss)}{hint}")
 
 # %% ../../nbs/core/01_derivatives.ipynb #7d0a5b02
-_DULL = type(None), str, bool, int, float, type, ModuleType, torch.dtype, torch.device
+_DULL = type(None), str, bool, int, float, ModuleType, torch.dtype, torch.device
 _OF_MODULES = {*vars(nn.Module())} - {"_buffers"} # Attributes that all have
 
-def _of_class(o):
-    "Tensors and modules in the class `o`"
-    return [v for v in vars(o).values() if isinstance(v, (Tensor, nn.Module))]
-
-def named(f, args=(), kind=Tensor):
-    "Tensors, or what is of another kind, that `f` and `args` name, near ones"
+def named(f, args=()):
+    "Tensors that `f` and `args` name, near ones"
     todo, seen = [f, *(a for a in args if not isinstance(a, Tensor))], set()
     for o in todo:
         parts = []
-        if isinstance(o, kind): yield o
-        elif isinstance(o, Tensor): continue
+        if isinstance(o, Tensor): yield o
         elif isinstance(o, nn.Module):
-            if kind is Tensor: yield from o.parameters()
+            yield from o.parameters()
             if o is f: parts = [v for k, v in vars(o).items() if k not in _OF_MODULES]
-            parts += _of_class(type(o))
+            parts.append(type(o))
+        elif isinstance(o, type):
+            parts = [v for v in vars(o).values() if isinstance(v, (Tensor, nn.Module))]
         elif isinstance(o, (list, tuple, set)): parts = o
         elif isinstance(o, dict): parts = o.values()
-        elif isinstance(o, partial): parts = o.func, o.args, o.keywords
-        elif isinstance(o, MethodType):
-            own = o.__self__
-            parts = own, o.__func__, *(_of_class(own) if isinstance(own, type) else ())
         elif isinstance(o, FunctionType):
             parts = [c.cell_contents for c in o.__closure__ or ()]
             parts += [o.__defaults__, o.__kwdefaults__]
             parts += [o.__globals__.get(k) for k in o.__code__.co_names]
-        else: parts = [*getattr(o, "__dict__", {}).values(), *(
-            getattr(o, k, None) for k in getattr(type(o), "__slots__", ())),
-            *_of_class(type(o))]
+        else: parts = gc.get_referents(o)            # attributes, slots, the class
         if len(todo) > 1000: continue
         for x in islice(parts, 100):
             if isinstance(x, _DULL) or id(x) in seen: continue
@@ -108,22 +111,49 @@ def in_transform(x):
 
 def exactly(device):
     "A context without autocast"
-    if not torch.is_autocast_enabled(device.type): return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+def _refill(d, kept):
+    for k in d.keys() - kept.keys(): del d[k]
+    d.update(kept)
+
+def _states(f, args, limit=10_000):
+    "What reads and what sets each generator, and each module's state, in `f` and `args`"
+    seen, todo, kinds = set(), [f, args, random._inst], (random.Random,)
+    closed = type, ModuleType, Tensor, str, bytes, int, float, random.SystemRandom
+    if np := sys.modules.get("numpy"):
+        todo.append(np.random.mtrand._rand)
+        kinds += np.random.RandomState, np.random.BitGenerator
+    for o in todo:
+        if id(o) in seen or isinstance(o, closed) or len(seen) == limit: continue
+        if isinstance(o, dict) and "__builtins__" in o: continue
+        seen.add(id(o))
+        todo += gc.get_referents(o)[:1000]
+        if isinstance(o, FunctionType):
+            todo += [o.__globals__.get(name) for name in o.__code__.co_names]
+        if o is f or isinstance(o, nn.Module):
+            for d in (getattr(o, k, None) for k in ("__dict__", "_buffers")):
+                if not isinstance(d, dict): continue # as in a scripted module
+                yield d.copy, partial(_refill, d)
+                for x in d.values():
+                    if isinstance(x, Tensor) and x.is_contiguous():
+                        yield x.data.clone, x.data.copy_
+        if isinstance(o, torch.Generator): yield o.get_state, o.set_state
+        if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
 @contextlib.contextmanager
 def unseen(f=None, args=()):
-    "A context for a trial: no checkpoint sees it, random generators stay as they are"
+    "A context for a trial of `f`: no checkpoint sees it, and it leaves nothing behind"
     known = torch._C._autograd._saved_tensors_hooks_is_enabled()
     hooks = torch.autograd.graph.saved_tensors_hooks(
         *[lambda x: x]*2) if known else contextlib.nullcontext()
     cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
     devices = [torch.cuda.current_device()] if cuda else []
-    own = [(o, o.get_state()) for o in named(f, args, torch.Generator)]
+    own = [(put, get()) for get, put in _states(f, args)]
     try:
         with torch.random.fork_rng(devices), hooks: yield
     finally:
-        for o, state in own: o.set_state(state)
+        for put, state in own: put(state)
 
 # %% ../../nbs/core/01_derivatives.ipynb #ab09a445
 def of_samples(args, lead:list, hint:str="") -> list[bool]:
@@ -168,8 +198,9 @@ def _check_independent(loss, G, y):
                  for x in (Gv/v[:, None] - G, G))
     if off > 1e-3*size.clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
         "loss_fn: expected independent samples, but the loss of one depends on the "
-        "outputs of another (a mean, normalisation or ranking over the batch inside?); "
-        "average outside the loss instead")
+        "outputs of another (a mean, normalisation or ranking over the batch inside?), "
+        "or a factor on the loss turns its gradient (a clamp in a hook?); average "
+        "outside the loss instead")
 
 # %% ../../nbs/core/01_derivatives.ipynb #45f4a354
 def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
@@ -191,9 +222,11 @@ def _check_second(loss_fn, y, args, G, products):
     def gradient(x):
         return torch.autograd.grad(loss_fn(x.requires_grad_(), *like(x)).sum(), x)[0]
     def changes(x):
-        h = torch.finfo(x.dtype).eps**(1/3)
-        once, twice = ((gradient(x + k*v) - gradient(x - k*v))/(2*k) for k in (h, 2*h))
-        return once, length(twice - once), 1e2*h**2*length(G)
+        h, at = torch.finfo(x.dtype).eps**(1/3), gradient(x)
+        sides = [[(gradient(x + k*v) - at)/k for k in (o, -o)] for o in (h, 2*h)]
+        once, twice = ((ahead + behind)/2 for ahead, behind in sides)
+        kink = length(sides[0][0] - sides[0][1])
+        return once, length(twice - once) + kink, 1e2*h**2*length(G)
     with unseen(loss_fn, args):
         try:
             wide, most = y.double(), .01
@@ -220,16 +253,14 @@ def _own(loss_fn, y, args, second):
     found = loss_fn.derivatives(y.detach(), *args, hessian=second is not None)
     if not isinstance(found, tuple) or len(found) != 3: raise ValueError(
         "derivatives of loss_fn: expected losses, gradients, and Hessians or None, got "
-        f"{_given(found)}")
+        f"{kind_of(found)}")
     loss, G, H = found
-    whole = *y.shape, y.shape[1]
-    for name, x, shape in ("loss", loss, y.shape[:1]), ("gradient", G, y.shape), (
-            "Hessian", H, whole):
-        if (second or name != "Hessian") and getattr(x, "shape", None) != shape:
-            raise ValueError(
-                f"derivatives of loss_fn: expected a {name} of shape {tuple(shape)}, "
-                "one for each sample, got "
-                f"{[*x.shape] if isinstance(x, Tensor) else x}")
+    parts = dict(loss=(loss, y.shape[:1]), gradient=(G, y.shape))
+    if second: parts["Hessian"] = H, (*y.shape, y.shape[1])
+    for name, (x, shape) in parts.items():
+        if getattr(x, "shape", None) != shape: raise ValueError(
+            f"derivatives of loss_fn: expected a {name} of shape {tuple(shape)}, one "
+            f"for each sample, got {kind_of(x)}")
     H = second and H.detach()
     if second == "diagonal": H = H.diagonal(dim1=-2, dim2=-1)
     products = lambda V: (V.to(H.dtype).unsqueeze(-2) @ H)[..., 0, :]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .derivatives import random_signs
 from .evidence import Batch, Evidence, gram, nonzero
 from newton_losses_nb.core.solves import (
-    SPECTRA, choice, damping, fisher_step, number, positive, row_spectrum,
+    SPECTRA, choice, count, damping, fisher_step, number, positive, row_spectrum,
     spectral_step, spectrum)
 
 # %% ../../nbs/core/04_directions.ipynb #01d46a3a
@@ -162,10 +162,8 @@ class DiagonalHessian(Damped):
                  probes:SupportsFloat|None=None):  # Random vectors; None: m products
         super().__init__(lam)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
-        self.probes = probes
-        if probes is not None:
-            self.second = "products"
-            self.probes = number("probes", probes, 1, whole=True)
+        self.probes = count("probes", probes)
+        if self.probes: self.second = "products"
 
     def observe(self, b):
         c = b.H

@@ -6,6 +6,7 @@
 __all__ = ['Batch', 'gram', 'Evidence', 'SingularError', 'Group']
 
 # %% ../../nbs/core/02_evidence.ipynb #ccbd9f3f
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -161,6 +162,11 @@ class Group:
         if not (on or auto or group is None): raise ValueError(
             "group: expected 'auto', None or a group of a running torch.distributed, "
             f"got {group!r}")
+        if on and not (auto or isinstance(group, dist.ProcessGroup)): raise TypeError(
+            "group: expected 'auto', None or a process group, such as "
+            f"mesh.get_group(...), got {type(group).__name__}")
+        if on and not auto and dist.get_rank(group) < 0: raise ValueError(
+            "group: expected one that this process is in")
         self.group = None if auto else group
         self.size = dist.get_world_size(self.group) if on else 1
 
@@ -186,18 +192,24 @@ class Group:
         dist.all_gather(parts, rows.contiguous(), group=self.group)
         return torch.cat(parts, -2), most*rank
 
-    def together(self, work:Callable, device="cpu") -> Any:
-        "What `work()` returns; if it fails in one process, all raise"
+    def together(self, work:Callable, device=None, alike:Callable=lambda x: 0) -> Any:
+        "What `work()` returns; all raise if it fails in one, or `alike` of it differs"
         if self.size == 1: return work()
+        if device is None:
+            device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
         kinds, error, result = (RuntimeError, SingularError, NonFiniteError), None, None
-        try: result = work()
-        except Exception as e: error = e
+        try: mark = zlib.crc32(repr(alike(result := work())).encode())
+        except Exception as e: error, mark = e, 0
         own = bool(error) + isinstance(error, kinds[1:]) + isinstance(error, kinds[2])
-        worst = int(self.add(torch.full((), own, device=device), "MAX"))
+        told = torch.tensor([own, mark, -mark], device=device)
+        worst, most, least = self.add(told, "MAX").tolist()
         if own and (own, worst) != (2, 3): raise error
         if worst: raise kinds[worst - 1](
             "y: expected finite numbers, an invertible C + λI and no error; see the "
             "output of another process, which failed")
+        if most != -least: raise ValueError(
+            "y: expected equal leading dimensions, as many outputs and as many "
+            f"remembered batches in all processes, got {alike(result)} in this one")
         return result
 
 # %% ../../nbs/core/02_evidence.ipynb #35b755fa
@@ -205,9 +217,6 @@ class Group:
 def pooled(self:Evidence, group:Group) -> Evidence:
     "The sum over processes"
     if group.size == 1 or self.square is None: return self
-    widths = group.gather(self.square.shape[-1], self.square.device)
-    if len(set(widths)) > 1: raise ValueError(
-        f"y: expected equally many outputs in all processes, got {widths}")
     full = torch.full_like(self.square, 1.)          # processes may have masks or none
     e = self._replace(count=self.count*full, samples=self.samples*full[..., 0],
                       weights=self.weights*full[..., 0])

@@ -155,18 +155,27 @@ class _Products(NamedTuple):
     sums: Evidence   # Squares and counts
     parts: tuple     # Functions V -> Σ_i H_i V_k, V of shape (*b, K, m)
     group: Group|None = None
+    failed: list = []        # What went wrong in this process
 
     def __add__(self, o): return _Products(self.sums + o.sums, self.parts + o.parts)
 
     def pooled(self, group):
-        return _Products(self.sums.pooled(group), self.parts, group)
+        return _Products(self.sums.pooled(group), self.parts, group, [])
 
     def mean(self, V:Float[Tensor, "*b K m"]) -> Float[Tensor, "*b K m"]:
         "Products with the mean Hessian C"
         root = nonzero(self.sums.count)**.5
         if isinstance(root, Tensor): root = root.unsqueeze(-2)
-        total = sum(part(V/root) for part in self.parts)
-        return (total if self.group is None else self.group.add(total))/root
+        return self.added(lambda: sum(part(V/root) for part in self.parts), V)/root
+
+    def added(self, work, like):
+        "Sum over the processes of what `work()` returns; NaN in all if it fails in one"
+        if self.group is None or self.group.size == 1: return work()
+        try: x = work()
+        except Exception as e:
+            self.failed.append(e)
+            x = torch.full_like(like, torch.nan)
+        return self.group.add(x)
 
 # %% ../../nbs/core/06_more.ipynb #236cbcd5
 def _signs(G): return random_signs(8, G).expand(*G.shape[:-2], -1, -1)
@@ -198,7 +207,9 @@ class Krylov(Damped):
         s, V = e.sums, _signs(e.sums.square.unsqueeze(-2))
         if callable(self.lam):
             square = e.mean(V).square().sum(-1).mean(-1)/s.outputs
-            return damping(self.lam, s, square.sqrt().unsqueeze(-1))
+            def own(): return damping(self.lam, s, square.sqrt().unsqueeze(-1))[0]/n
+            n = 1 if e.group is None else e.group.size
+            return e.added(own, square), 1.
         if self.lam != "auto": return damping(self.lam, s)
         N, total = nonzero(s.samples), s.total.square().sum(-1).mean(-1)
         size, trace = total/N**2, (V*s.total).sum(-1).mean(-1)/N
@@ -216,6 +227,7 @@ class Krylov(Damped):
         lam = lam.unsqueeze(-1).expand(G.shape[:-1])
         product = lambda V: real*e.mean(real*V)
         found = conjugate_gradient(product, G, lam, self.tol, self.max_iter)
+        if e.failed: raise e.failed[0]
         self.last, D = found._replace(x=None), found.x
         if self.lam == "auto":
             norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)

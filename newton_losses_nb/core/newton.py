@@ -8,6 +8,7 @@ __all__ = ['OutputLoss', 'NewtonLoss', 'ClippedLoss', 'NormalizedLoss', 'ScalarS
 
 # %% ../../nbs/core/05_newton.ipynb #ec505754
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -25,7 +26,7 @@ from .derivatives import (
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
-from .solves import SPECTRA, choice, number
+from .solves import SPECTRA, choice, count, number
 
 # %% ../../nbs/core/05_newton.ipynb #45d7bb75
 class OutputLoss(nn.Module):
@@ -45,9 +46,8 @@ class OutputLoss(nn.Module):
             raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
         if not isinstance(direction, Direction):
             raise TypeError(f"direction: expected a Direction, got {direction!r}")
-        self.loss_fn, self.direction, self.chunk_size = loss_fn, direction, chunk_size
-        if chunk_size is not None:
-            self.chunk_size = number("chunk_size", chunk_size, 1, whole=True)
+        self.loss_fn, self.direction = loss_fn, direction
+        self.chunk_size = count("chunk_size", chunk_size)
         known = "raise", "skip", "gradient"
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
         self.check, self.group, self.learns = check, group, None
@@ -75,6 +75,9 @@ class OutputLoss(nn.Module):
         value = base.apply(y, self, mask, *args)[0]
         if functional or not self._learns(y, mask, args): return value
         own = self._plain(y, mask, args, self.taking)
+        if not own.requires_grad:                    # no sample: a gradient of zero
+            own = own + sum(p.flatten()[:0].abs().sum()
+                            for p in named(self.loss_fn, args) if p.requires_grad)
         return value + (own - own.detach())
 
     def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
@@ -82,8 +85,15 @@ class OutputLoss(nn.Module):
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
         return b.loss, D
 
-    def __getstate__(self): # For copies: without the last batch
-        return {k: v for k, v in vars(self).items() if k not in ("sent", "taken")}
+    def __getstate__(self): # For copies: without the last batch, and `accumulated`
+        known = {k: v for k, v in vars(self).items() if k not in ("sent", "taking")}
+        return known | {"shared": None, "padded": False}
+
+    def __deepcopy__(self, memo): # With the same group of processes
+        memo[id(self.group)], new = self.group, self.__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     @property
     def cosine(self) -> float:
@@ -99,11 +109,14 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     "The batch, the directions, and how many samples take part, for each process"
     group, memory = Group(self.group), None if self.shared else self.direction.memory
     observe = partial(self._observe, y, mask, args)
-    b, e = group.together(observe, getattr(y, "device", "cpu"))
+    def alike(_): return *y.shape[:-2], y.shape[-1], len(getattr(memory, "past", ()))
+    b, e = group.together(observe, getattr(y, "device", "cpu"), alike)
     if self.shared: e = self.shared
     elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
-    if memory: e, past = memory(e)
-    D = group.together(partial(self._directions, e, b, mask, y), y.device)
+    def directions():
+        known, past = memory(e) if memory else (e, None)
+        return self._directions(known, b, mask, y), known, past
+    D, e, past = group.together(directions, y.device)
     if memory and remember: self._remember(e, past)
     shared = b.weight is not None or group.size > 1
     n = nonzero(group.add(b.n)/group.size) if shared else None
@@ -217,7 +230,8 @@ def _explain(D, b, e, y):
     if D.isfinite().all(): return D
     raise SingularError(
         "lam: C + λI is singular, λ is not at least 0, or a power is of a negative "
-        "eigenvalue; expected a larger lam, lam='auto', or eigenvalues='abs'")
+        "eigenvalue" + " (or second derivatives are not finite)"*(not hasattr(e, "total"))
+        + "; expected a larger lam, lam='auto', or eigenvalues='abs'")
 
 # %% ../../nbs/core/05_newton.ipynb #24a3a6e9
 class _Once(torch.autograd.Function):
@@ -402,9 +416,13 @@ def accumulated(
         if not parts: raise ValueError("batches: expected at least one, got none")
         return sum(parts[1:], parts[0])
     group, memory = Group(self.group), self.direction.memory
-    with torch.no_grad(): self.shared = group.together(add).pooled(group)
+    def alike(e):
+        square = getattr(e, "sums", e).square        # none of a control without sums
+        return getattr(square, "shape", ()), len(getattr(memory, "past", ()))
+    with torch.no_grad():
+        self.shared = group.together(add, alike=alike).pooled(group)
     if memory:
-        self.shared, past = memory(self.shared)
+        self.shared, past = group.together(partial(memory, self.shared))
         if self.training: self._remember(self.shared, past)
     self.padded = masks is not None
     try: yield self
@@ -444,15 +462,12 @@ class NewtonLoss(OutputLoss):
         self.__dict__["curvature"] = curvature
 
     @property
-    def lam(self): return self._option("lam", "auto")
-    @property
-    def eigenvalues(self): return self._option("eigenvalues", "raw")
+    def lam(self): # Of the direction, which is where to change it; not of a given one
+        return "auto" if isinstance(self.curvature, Direction) else self.direction.lam
 
-    def _option(self, name, default):
-        "That of the direction, which is where to change it; none of a given direction"
-        given = isinstance(self.curvature, Direction)
-        value = None if given else getattr(self.direction, name)
-        return default if value is None else value
+    @property
+    def eigenvalues(self):
+        return self.direction.eigenvalues if self.curvature == "hessian" else "raw"
 
 # %% ../../nbs/core/05_newton.ipynb #5e35829d
 class ClippedLoss(OutputLoss):
@@ -460,8 +475,7 @@ class ClippedLoss(OutputLoss):
     def __init__(self, loss_fn:Callable, max_norm:SupportsFloat=1., **kwargs):
         super().__init__(loss_fn, Clip(max_norm), **kwargs)
 
-    @property
-    def max_norm(self): return self.direction.max_norm
+    max_norm = property(lambda self: self.direction.max_norm)
 
 class NormalizedLoss(OutputLoss):
     "An `OutputLoss` of `loss_fn` with the direction `Normalize()`"
@@ -473,8 +487,7 @@ class ScalarStepLoss(OutputLoss):
     def __init__(self, loss_fn:Callable, lam="auto", **kwargs):
         super().__init__(loss_fn, Scalar(lam), **kwargs)
 
-    @property
-    def lam(self): return self.direction.lam
+    lam = property(lambda self: self.direction.lam)
 
 # %% ../../nbs/core/05_newton.ipynb #d3610387
 def newton_direction(
@@ -533,6 +546,8 @@ def inject_fisher(
         with torch.no_grad():
             s = team.together(factor, g.device)
             G = widened(g)/s
+            if s != 1 and on_nonfinite == "raise":   # overflow, which its scaler skips
+                if team.add((~G.isfinite()).any().float()): return g
             if mean: G = G*len(g)
             _, D, n = loss._step(torch.zeros_like(G), None, (G,))
             D = (D*s/(n if mean else 1)).to(g.dtype)

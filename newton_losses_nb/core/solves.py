@@ -79,12 +79,17 @@ def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
     "A setting `x` as a (whole) number in [low, high), or an error with its name"
     kind = str(getattr(x, "dtype", type(x).__name__))
     known = isinstance(x, Real) or getattr(x, "ndim", None) == 0
-    value = float(x) if known and "bool" not in kind else torch.nan
+    fixed = known and "bool" not in kind and not getattr(x, "requires_grad", False)
+    value = float(x) if fixed else torch.nan
     if low <= value < high and not (whole and value % 1):
         return int(value) if whole else value
     below = f" and below {high:g}" if high < 2**53 or value >= high else ""
     raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, "
                      f"at least {low:g}{below}, got {x!r}")
+
+def count(name:str, x) -> int|None:
+    "A setting `x` as a whole number above zero, or None, or an error with its name"
+    return None if x is None else number(name, x, 1, whole=True)
 
 def positive(name:str, x) -> float:
     "A setting `x` as a number above zero, or an error with its name"

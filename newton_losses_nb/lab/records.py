@@ -94,14 +94,11 @@ def _record(line):
         raise ValueError("expected a record with format 1")
     missing = [k for k in _keys if k not in r]
     if missing: raise ValueError(f"the key {missing[0]!r} is missing")
-    for k in ("config", "versions", *["result"]*bool(r["result"])):
+    for k in ("config", "versions", "curves", *["result"]*bool(r["result"])):
         if not isinstance(r[k], dict): raise ValueError(f"{k} is no dictionary: {r[k]}")
-    missing = [k for k in ("method", "seed") if k not in r["config"]]
-    if missing: raise ValueError(f"config: the key {missing[0]!r} is missing")
-    c, kinds = r["config"], dict(seed=int, method=str)
-    named = all(isinstance(c[k], kind) for k, kind in kinds.items())
-    if not (named and isinstance(r["curves"], dict)): raise ValueError(
-        "expected a whole seed, the name of a method, and curves by name")
+    for k, kind in dict(method=str, seed=int).items():
+        if not isinstance(r["config"].get(k), kind): raise ValueError(
+            f"config: {k!r} is missing, or is no {kind.__name__}")
     if (r["status"], bool(r["result"])) not in (("ok", True), ("failed", False)):
         raise ValueError(f"status {r['status']!r} with the result {r['result']!r}")
     return r

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from ..core.derivatives import widened
-from ..core.solves import number
+from ..core.derivatives import check_same_shape, kind_of, widened
+from ..core.solves import count
 
 # %% ../../nbs/paths/00_exact.ipynb #80072686
 def _sweep(cost, d, col, best, n):
@@ -111,7 +111,7 @@ def shortest_path(
     n_iter:int|None=None,              # Fixed number of sweeps; None: as needed
 ) -> Float[Tensor, "*batch H W"]:  # 1 on the path, 0 elsewhere, in the dtype of `cost`
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
-    n_iter = checked_steps("n_iter", n_iter)
+    n_iter = count("n_iter", n_iter)
     check_grid("cost", cost)
     if not cost.numel(): return torch.zeros_like(cost)
     if torch._C._are_functorch_transforms_active():
@@ -159,19 +159,9 @@ def _solve_fixed(cost, n_iter):
 # %% ../../nbs/paths/00_exact.ipynb #379edd60
 def check_grid(name, x, floating=True):
     if not isinstance(x, Tensor) or floating and not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind_of(x)}")
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
-
-def check_same_shape(name, x, other, y):
-    for k, v in ((name, x), (other, y)):
-        if not isinstance(v, Tensor): raise TypeError(
-            f"{k}: expected a tensor, got {type(v).__name__}")
-    if x.shape != y.shape: raise ValueError(f"{name}: expected the shape of {other}, "
-                                            f"{tuple(y.shape)}, got {tuple(x.shape)}")
-
-def checked_steps(name, n): return None if n is None else number(name, n, 1, whole=True)
 
 def _check_cost(cost):
     if cost.detach().amin() >= 0: return
@@ -237,7 +227,6 @@ def regret(
     path:Shaped[Tensor, "*batch H W"], # Predicted path
 ) -> Float[Tensor, "*batch"]:          # At least 0 for a path, in the unit of `cost`
     "What a predicted path costs more than the cheapest one"
-    check_same_shape("path", path, "cost", cost)
     return path_cost(cost, path) - path_cost(cost, shortest_path(cost))
 
 def cost_optimality(
@@ -246,6 +235,5 @@ def cost_optimality(
     rel:float=1e-3,  # Accepted excess, as a fraction of the best path's
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
-    check_same_shape("path", path, "cost", cost)
-    best = path_cost(cost, shortest_path(cost))
-    return is_valid_path(path) & (path_cost(cost, path) - best <= rel*best)
+    spent, best = path_cost(cost, path), path_cost(cost, shortest_path(cost))
+    return is_valid_path(path) & (spent - best <= rel*best)

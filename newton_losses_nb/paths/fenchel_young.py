@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.derivatives import check_outputs, of_samples, unseen
+from ..core.derivatives import (
+    check_outputs, check_same_shape, of_samples, unseen)
 from ..core.solves import choice, number, positive
-from .exact import check_same_shape
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #48d03df3
 class Distribution(NamedTuple):

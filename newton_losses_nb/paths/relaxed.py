@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.derivatives import in_transform, widened
-from ..core.solves import choice, positive
-from .exact import (
-    NEIGHBOURS, check_grid, check_same_shape, checked_steps, neighbours)
+from ..core.derivatives import check_same_shape, in_transform, widened
+from ..core.solves import choice, count, positive
+from .exact import NEIGHBOURS, check_grid, neighbours
 
 # %% ../../nbs/paths/01_relaxed.ipynb #3ff50ed4
 def _last_weights(cost:Float[Tensor, "B H W"], beta, n_iter):
@@ -169,7 +168,7 @@ def relaxed_bellman_ford(
 ) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
     "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
     check_grid("cost", cost)
-    beta, n = positive("beta", beta), checked_steps("n_iter", n_iter)
+    beta, n = positive("beta", beta), count("n_iter", n_iter)
     choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     H, W = cost.shape[-2:]
     n = H + W if n is None else n

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.derivatives import (
-    derivatives as derivatives_of, sample_losses)
+    check_same_shape, derivatives as derivatives_of, sample_losses)
 from ..core.solves import positive
-from .exact import check_same_shape
 from .fenchel_young import (
     AsCode, Noise, call, check_noise, check_rows, check_tensor, checked_floor,
     draw_noise, minus_baseline, raised, ratio_minus_1)

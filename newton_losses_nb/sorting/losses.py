@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..core.derivatives import NonFiniteError, widened
+from ..core.derivatives import NonFiniteError, check_same_shape, widened
 from ..core.solves import choice, positive
 from newton_losses_nb.sorting.relaxations import (
     centred, check_ranking, log_complement, neural_sort, ranking_loss, soft_sort,
@@ -187,11 +187,7 @@ def element_match(
     return _same_place(scores, labels).to(widened(scores).dtype).mean(-1)
 
 def _same_place(scores, labels):
-    if not isinstance(labels, Tensor): raise TypeError(
-        f"labels: expected a tensor, got {type(labels).__name__}")
-    if scores.shape != labels.shape:
-        raise ValueError(f"labels: expected the shape of scores, "
-                         f"{tuple(scores.shape)}, got {tuple(labels.shape)}")
+    check_same_shape("labels", labels, "scores", scores)
     for name, x in (("scores", scores), ("labels", labels)):
         nan = int(x.isnan().sum())
         if nan: raise NonFiniteError(f"{name}: expected numbers, got {nan} NaN")

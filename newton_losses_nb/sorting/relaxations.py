@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.derivatives import in_transform, widened
+from ..core.derivatives import in_transform, kind_of, widened
 from ..core.solves import choice, positive
 
 # %% ../../nbs/sorting/00_relaxations.ipynb #fe3ae52a
@@ -23,10 +23,8 @@ def centred(
 ) -> Float[Tensor, "*batch n"]:   # Differences from a middle score, times `gain`
     "Scaled scores without their common offset: finite for finite scores, else NaN"
     known = isinstance(s, Tensor) and s.is_floating_point() and s.ndim
-    if not known or not s.shape[-1]:
-        got = f"{s.dtype} {tuple(s.shape)}" if isinstance(s, Tensor) else type(s)
-        raise ValueError("s: expected floating-point scores of shape (..., n), n ≥ 1, "
-                         f"got {got}")
+    if not known or not s.shape[-1]: raise ValueError(
+        f"s: expected floating-point scores of shape (..., n), n ≥ 1, got {kind_of(s)}")
     s = widened(s)
     most = min(limit/gain/2, torch.finfo(s.dtype).max/4)
     z = s.clamp(-most, most)
