@@ -538,3 +538,18 @@ def test_a_scripted_module():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(Scripted())
     assert check_loss(scripted, *batch(20)).ok
+
+@pytest.mark.parametrize("f", [lambda y, t: (y.float() - t.float()).square().sum(1), lambda y, t: F.huber_loss(y.float(), t.float(), reduction="none").sum(1)])
+def test_float32_inside_of_float64(f):
+    "A right gradient of few digits is not called wrong"
+    y, t = (x.double() for x in batch(64))
+    report = check_loss(f, y, t)
+    assert report.ok and report["float64"].words.endswith("judged coarsely in float32")
+
+def test_a_loss_that_is_finite_nowhere_out():
+    "Where float64 is not finite either, float64 is no advice"
+    def bce(y, t): q = y.sigmoid(); return -(t*q.log() + (1 - t)*(1 - q).log()).sum(1)
+    torch.manual_seed(0)
+    y = 30*torch.randn(64, 4)
+    report = check_loss(bce, y, (torch.randn(64, 4) > 0).float())
+    assert "computed stably" in report.why and "in float64" not in report.why and report.line.endswith("on_nonfinite='skip')")

@@ -145,15 +145,17 @@ def _ask_repeatable(p):
 # %% ../../nbs/core/07_check.ipynb #574b898a
 def _ask_double(p):
     "From here on the probe is one in float64, if the loss can compute in it"
-    p.narrow, said = _Probe(p.loss_fn, p.y, p.args, torch.float), []
+    y, args = p.y, p.args
+    narrow, said = _Probe(p.loss_fn, p.y, p.args, torch.float), []
+    vars(p).update(vars(narrow), narrow=narrow)
     for change in (lambda f: f, lambda f: copy.deepcopy(f).double()):
         try:
-            wide = _Probe(change(p.loss_fn), p.y, p.args, torch.double)
+            wide = _Probe(change(p.loss_fn), y, args, torch.double)
             found = wide.values(wide.y).dtype
             if found == torch.double: return vars(p).update(vars(wide))
             said.append(f"returns {found} for it")
         except Exception as e: said.append(_said(e))
-    return _note(f"{said[0]}; judged coarsely in {str(p.y.dtype)[6:]}", "no")
+    return _note(f"{said[0]}; judged coarsely in float32", "no")
 
 def _ask_gradient(p):
     said = "autograd sees nothing (numpy, detach or no_grad?)"
@@ -335,8 +337,12 @@ def _recommend(p):
     if samples == "leak": return plain(
         ", until samples are independent: average outside the loss, or let a sample be "
         "the group that belongs together.")
-    if found["float32"] in ("non-finite value", "non-finite gradient"): return plain(
-        ", in float64: in float32 the loss is not finite.")
+    if found["float32"] in ("non-finite value", "non-finite gradient"):
+        if found["finite"] != "non-finite": return plain(
+            ", in float64: in float32 the loss is not finite.")
+        return plain(
+            ", computed stably (in logarithms, say). Until then samples where it is not "
+            "finite are left out.")
     if p.exploding or single == "note":
         rows = _norm(p.G[p.good]).square()
         why = "Compute the loss stably (in logarithms, say). Until then, gradients "
