@@ -1200,3 +1200,19 @@ def test_the_derivative_that_is_not_finite_is_named():
     f = lambda y: (y - 1).square().sum(1) + y.abs().pow(1.5).sum(1)
     for way in (Krylov(.1), PerSample(Hessian(.1))):
         with pytest.raises(ValueError, match="or second derivatives are not finite"): sent(OutputLoss(f, way, check=False), torch.zeros(3, 2))
+
+@pytest.mark.parametrize("kw", [{}, dict(curvature="hessian"), dict(curvature="hessian", chunk_size=1)], ids=str)
+def test_a_loss_that_is_a_method_of_what_holds_it(kw):
+    "Trials put back what a loss can reach, the Newton loss itself among it; they are not made again at each step"
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = NewtonLoss(self.criterion, **kw)
+        def criterion(self, y, t):
+            calls.append(len(y))
+            return (y - t).square().sum(1)
+    model, calls, told = Model(), [], []
+    for y, t in torch.randn(4, 2, 6, 4):
+        model.loss(y.requires_grad_(), t).backward()
+        told.append(len(calls)); calls.clear()
+    assert told[1:] == [6 if "chunk_size" in kw else 1]*3

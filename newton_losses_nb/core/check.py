@@ -146,7 +146,7 @@ def _ask_repeatable(p):
 def _ask_double(p):
     "From here on the probe is one in float64, if the loss can compute in it"
     y, args = p.y, p.args
-    narrow, said = _Probe(p.loss_fn, p.y, p.args, torch.float), []
+    narrow, said = _Probe(p.loss_fn, y, args, torch.float), []
     vars(p).update(vars(narrow), narrow=narrow)
     for change in (lambda f: f, lambda f: copy.deepcopy(f).double()):
         try:

@@ -150,7 +150,10 @@ def _observe(self:OutputLoss, y, mask, args):
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
     if size >= N: return self._batch(y, mask, args, own)
     if size == 1 and not self.checked:
-        with unseen(self.loss_fn, args): self._batch(*piece(0, 2), own)  # two samples
+        with unseen(self.loss_fn, args):
+            self._batch(*piece(0, 2), own)           # two samples
+            judged = self.judged
+        self.judged = judged
     parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
@@ -366,7 +369,8 @@ def _learns(self:OutputLoss, y, mask, args):
     if any(p.requires_grad for p in named(f, args)): return True
     seen = y.numel() if mask is None else mask.any()
     if self.learns is None and seen and not hasattr(f, "derivatives"):
-        with unseen(f, args): self.learns = self._plain(y, mask, args).requires_grad
+        with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
+        self.learns = learns                         # f may know self, and put it back
     return bool(self.learns)
 
 @patch
