@@ -42,7 +42,7 @@ FIRST = { # Trials: five rates, or three values at one rate and the best of thes
 FIRST["neural_sort"] = FIRST["soft_sort"] | dict(
     fisher=lams(1e-2, .1, 1.), scalar=lams(1e-2, .1, 1.), hessian=lams(1., 10., 100.),
     clip=norms(.3, 1., 3.))
-FIRST["logistic"] = {m: FIRST["neural_sort"][m] for m in (
+FIRST["logistic"] = FIRST["cauchy"] = {m: FIRST["neural_sort"][m] for m in (
     "none", "fisher", "default", "whiten", "scalar", "rms", "clip", "clip_grad")}
 
 def at(name, *values): return [dict(lr=3e-3, **{name: o}) for o in values]
@@ -100,9 +100,9 @@ def queue():
         for m in ("default", best): yield r, m, SHORT, MOST, {}
     for m, more in ("fisher", {}), ("none", bce), ("scalar", {}): # Once more, other seeds
         yield "neural_sort", m, LONGER, MOST[:5], more
-    for seeds in (REPORTED, MORE):
-        for m in FIRST["logistic"]: yield "logistic", m, SHORT, seeds, {}
-        yield "logistic", "none", SHORT, seeds, bce
+    for r, seeds in product(("logistic", "cauchy"), (REPORTED, MORE)):
+        for m in FIRST[r]: yield r, m, SHORT, seeds, {}
+        yield r, "none", SHORT, seeds, bce
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
@@ -148,7 +148,8 @@ class Study:
         sets = max(10, 1000//self.a.shrink)
         method = "fisher" if method == "default" else method
         same = self.same | dict(n=10, batch=100, eval_every=every, eval_sets=sets)
-        given = same | dict(tau=tau, loss=loss, lam=1., max_norm=.1) | setting
+        sharp = dict(steepness=100.) if relaxation == "cauchy" else dict(tau=tau)
+        given = same | sharp | dict(loss=loss, lam=1., max_norm=.1) | setting
         return [SortingTask(sorting_config(relaxation, method, seed=s, steps=steps, **given),
                             self.data) for s in seeds]
 
