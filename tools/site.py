@@ -8,7 +8,7 @@
 
 Quarto makes the published site. Where it cannot be installed, smalldocs reads the same `_quarto.yml`; what it lacks
 is added here: page names, numbered figures, MathML and the bibliography (both by pandoc, as in Quarto)."""
-import ast, html, json, os, posixpath, re, shutil, sys
+import ast, functools, html, json, os, posixpath, re, shutil, sys
 from pathlib import Path
 
 import yaml
@@ -42,17 +42,25 @@ def polish(cell, types, shown):
     if cell['cell_type'] == 'markdown': s = prose(s)
     for output in cell.get('outputs', []):
         data = output.get('data', {})
-        if 'text/markdown' in data: data['text/markdown'] = lines(prose(''.join(data['text/markdown'])))
-        if 'text/markdown' in data and 'show_doc(' in s:
-            data['text/markdown'] = lines(documented(''.join(data['text/markdown']), types))
-            shown |= set(re.findall(r'show_doc\((\w+)', s))
+        if 'text/markdown' in data:
+            md = ''.join(data['text/markdown'])
+            if 'show_doc(' in s: md = documented(md, types)
+            data['text/markdown'] = lines(prose(md))
+        if 'show_doc(' in s: shown |= set(re.findall(r'show_doc\((\w+)', s))
         if 'text/html' in data: data['text/markdown'] = lines(raw(''.join(data.pop('text/html'))))
     if 'code-summary: "Exported source"' in s: s = folded(s, shown)
     cell['source'] = lines(s)
 
+@functools.cache
+def public():
+    "Names that have a signature on a page"
+    sources = ''.join(p.read_text(encoding='utf-8') for p in (root/'newton_losses_nb').rglob('*.py'))
+    return {name for names in re.findall(r"^__all__ = (\['.*?\])", sources, re.M | re.S) for name in ast.literal_eval(names)}
+
 def prose(s):
-    "Without links to private names, which no page has, and without links inside links"
-    s = re.sub(r'\[(`_\w+(?:\.\w+)*(?:\(\))?`)\]\(https?://[^)]*#_[^)]*\)', r'\1', s)
+    "Without links to names that have no signature, which no page has, and without links inside links"
+    def known(m): return m[0] if m[2] in public() else m[1]
+    s = re.sub(r'\[(`(\w+)(?:\.\w+)*(?:\(\))?`)\]\(https?://[^)]*#[^)]*\)', known, s)
     return re.sub(r'\[([^][\n]*)\[([^][\n]*)\]\([^()\n]*\)([^][\n]*)\](?=\()', r'[\1\2\3]', s)
 
 def documented(md, types):
