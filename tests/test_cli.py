@@ -83,7 +83,7 @@ def test_conclusion():
     rows = [dict(setting="a", method="none"), dict(setting="a", method="clip", pairs=3, diff=-1., lo=-2., hi=0., p=.2, p_holm=.2),
             dict(setting="a", method="rms", pairs=3, diff=-3., lo=-4., hi=-2., p=.001, p_holm=.002)]
     said = conclusion(pd.DataFrame([r | dict(failed=0) for r in rows]))
-    assert said.startswith("2 comparisons with the plain loss, 1 significant") and "largest gain: none" in said
+    assert said.startswith("2 comparisons with the plain loss, 1 significant") and "no gain; largest loss" in said
     assert "largest loss: a, rms (-3.00 points, interval -4.00 to -2.00)" in said and "few seeds decide nothing" in said
 
 @pytest.mark.parametrize("line, says", [

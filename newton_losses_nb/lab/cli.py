@@ -205,9 +205,11 @@ def _run_grid(name, **args):
     if not {c["network"] for c in mine} & {"cnn", "resnet18"}: torch.set_num_threads(1)
     tasks = [bench.task(c, data) for c in mine]
     for t in tasks: t.direction                      # raises if there is no such rule
-    if options.dry_run: return _preview(tasks, out)
+    _preview(tasks, out, options.dry_run)
+    if options.dry_run: return
+    if "none" not in {c["method"] for c in wanted}:
+        print("methods: without none nothing is compared with the plain loss")
     part = "" if options.shard == "1/1" else "-" + options.shard.replace("/", "of")
-    print(f"{len(tasks)} runs on {tasks[0].source}; results in {out}")
     for _ in run_all(tasks, out, name + part, engine=engine): pass
     runs = [r for r in read_runs(out) if r["config"].get("task") == name]
     for m in bench.metrics: _report(runs, out, m)
@@ -229,17 +231,18 @@ def _engine(options, device):
     return functools.partial(ray_engine, address=options.address, gpus=options.gpus)
 
 # %% ../../nbs/lab/13_cli.ipynb #3db15220
-def _preview(tasks, out):
-    "Say what would run, and what of it is finished"
+def _preview(tasks, out, titles):
+    "Say what is finished, and what is to run, with its `titles`"
     try: done = {r["key"]: r["status"] for r in read_runs(out)}
     except FileNotFoundError: done = {} # nothing, or half a line only
     left = [t for t in tasks if t.key not in done]
     failed = sum(done.get(t.key) == "failed" for t in tasks)
     steps = sum(t.config["steps"] for t in left)
-    print(f"{len(tasks)} runs on {tasks[0].source}: {len(tasks) - len(left)} finished"
+    many = "s"*(len(tasks) > 1)
+    print(f"{len(tasks)} run{many} on {tasks[0].source}: {len(tasks) - len(left)} finished"
           f"{f' ({failed} of them failed)' if failed else ''} in {out}, "
           f"{len(left)} to run, {steps:,} steps")
-    for title, n in Counter(run_title(t.config) for t in left).items():
+    for title, n in Counter(run_title(t.config) for t in left if titles).items():
         print(f"  {n:4}  {title}")
 
 # %% ../../nbs/lab/13_cli.ipynb #5cee1ba9
@@ -259,6 +262,9 @@ def _report(runs, place, metric, out=None):
 def _call(prog, func):
     "Call a function, turn a user's mistakes into sentences"
     try: func()
+    except BrokenPipeError:                          # of `nl_bench ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return 2
@@ -287,7 +293,12 @@ def _parser():
 def nl_bench(argv:list|None=None) -> int: # Exit code
     "Run a benchmark; `argv`: arguments, by default those of the command line"
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    return _call("nl_bench", lambda: _run_grid(**vars(_parser().parse_args(argv))))
+    args, unknown = _parser().parse_known_args(argv)
+    def run():
+        if unknown: raise ValueError(f"{unknown[0]}: no such option; "
+                                     f"nl_bench {args.name} --help lists them")
+        _run_grid(**vars(args))
+    return _call("nl_bench", run)
 
 def nl_report(argv:list|None=None) -> int: # Exit code
     "Show results; `argv`: arguments, by default those of the command line"

@@ -181,7 +181,7 @@ def draw_index(
     self:DigitSets,
     n_sets:int,                # How many sets
     generator:torch.Generator, # Source of randomness, on the CPU
-) -> Int64[Tensor, "b n digits"]: # Numbers of digits, on the CPU
+) -> Int64[Tensor, "b n digits"]: # Indices of digits, on the CPU
     "Which digits new sets are made of"
     shape = n_sets, self.n, self.digits_per_image
     return torch.randint(len(self.classes), shape, generator=generator,
@@ -190,7 +190,7 @@ def draw_index(
 @patch
 def assemble(
     self:DigitSets,
-    index:Int64[Tensor, "*b n digits"], # Numbers of digits, on the device
+    index:Int64[Tensor, "*b n digits"], # Indices of digits, on the device
 ) -> tuple[Float[Tensor, "*b n 1 h w"], Int64[Tensor, "*b n"]]: # Images, numbers
     "Put sets together: images in [0, 1], and the numbers they show"
     images = self.pixels[index].transpose(-3, -2).flatten(-2).unsqueeze(-3)

@@ -169,8 +169,9 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
     def row(r): return (f"{r.setting}, {r.method} ({r['diff']:+.2f} points"
                         + _known(", interval {:+.2f} to {:+.2f}", r.lo, r.hi) + ")")
     d, more = known["diff"], len(known) - tested
-    gain = row(known.loc[d.idxmax()]) if d.max() > 0 else "none"
-    loss = row(known.loc[d.idxmin()]) if d.min() < 0 else "none"
+    gain = f"largest gain: {row(known.loc[d.idxmax()])}" if d.max() > 0 else "no gain"
+    loss = f"largest loss: {row(known.loc[d.idxmin()])}" if d.min() < 0 else "no loss"
+    few, n = "few seeds decide nothing, and these are ", known.pairs.max()
     failed = int(table.failed[table.method != "none"].sum())
     alone = int((table.pairs == 0).sum())
     rows = f"{alone} row{'s'*(alone > 1)}"
@@ -179,8 +180,7 @@ def conclusion(table:pd.DataFrame) -> str: # One sentence
             + f", and {more} without a test (one pair, or equal differences)"*(more > 0)
             + f"; {rows} without a plain loss of the same settings"*(alone > 0)
             + f"; {failed} run{'s'*(failed > 1)} of the methods failed"*(failed > 0)
-            + f"; largest gain: {gain}; largest loss: {loss}; few seeds decide "
-            f"nothing, and these are {known.pairs.max()}.")
+            + f"; {gain}; {loss}; {few if n < 10 else 'seeds in a comparison: '}{n}.")
 
 # %% ../../nbs/lab/04_report.ipynb #d499029c
 def _failures(runs):
@@ -215,7 +215,7 @@ def _conditions(g):
     known = {"Methods": lambda r: _method(r["config"]),
              "Seeds": lambda r: str(r["config"]["seed"]),
              "Device": lambda r: str(r["device_name"]), "Versions": versions,
-             "Commit": lambda r: r["git_commit"] or "not known"}
+             "Commit": lambda r: (r["git_commit"] or "not known")[:9]}
     lines = {"Equal in all runs": same or "nothing", "By setting": _by_setting(g, rest)}
     lines |= {k: _by_setting(g, g.run.map(f)) for k, f in known.items()}
     return [f"{k}: {o}." for k, o in lines.items() if o]
@@ -227,7 +227,7 @@ def caption(
     width:int=10**4,          # Fold lines at this width
 ) -> str:                     # One thought per line
     "Say where the numbers of a table come from"
-    g, tests = group_runs(runs), summary(runs, metric).p.notna().sum()
+    g, tests = group_runs(runs), int(summary(runs, metric).p.notna().sum())
     lines = [
         f"{metric} in percent, {'' if metric.startswith('valid_') else 'on test data '}"
         "with the weights best on validation data: mean ± standard deviation (n-1), "
@@ -235,7 +235,8 @@ def caption(
         "minus none: difference to the method none in points, paired over the seeds "
         "that finished in both, with its 95 % t-interval.",
         "p: two-sided paired t-test (scipy.stats.ttest_rel), and Holm-corrected over "
-        f"the {tests} comparisons of this table that have a p-value. Empty: not known.",
+        f"{tests} comparison{'s'*(tests != 1)}, all of this table with a p-value. Empty: "
+        "not known.",
         *_conditions(g)]
     return "\n".join(textwrap.fill(line, width) for line in lines)
 

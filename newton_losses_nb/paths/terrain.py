@@ -271,7 +271,7 @@ def load_maps(
     seed:int=0,                   # Seed of generated maps
     cache_dir:str|Path|None=None, # Where downloads are kept; None: the system's cache
 ) -> dict[str, Maps]:  # 'train', 'valid' and 'test', which have no map in common
-    "Load maps to train on, to choose by, and to report"
+    "Load maps to train on, to validate and to test"
     choice('data', data, ('terrain', 'warcraft'))
     counts = dict(train=train, valid=valid, test=test)
     official = data == 'warcraft' or data_dir is not None
