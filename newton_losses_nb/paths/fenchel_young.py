@@ -72,8 +72,7 @@ class Noise(AsCode):
             x = getattr(self, name)
             if not isinstance(x, (kinds, type(None))): raise TypeError(
                 f"{name}: expected a {kinds.__name__}, got {x!r}")
-        object.__setattr__(self, "sigma", positive("sigma", self.sigma))
-        object.__setattr__(self, "samples", _samples(self))
+        vars(self).update(sigma=positive("sigma", self.sigma), samples=_samples(self))
 
     @property
     def kind(self) -> Distribution: return DISTRIBUTIONS[self.distribution]
