@@ -173,8 +173,7 @@ class Task:
             if config.get(k, len(part)) != len(part): raise ValueError(
                 f"{k}: expected {config[k]} samples as configured, got {len(part)}")
         self.device = torch.device(config["device"])
-        double = config["precision"] == "float64"
-        self.dtype = torch.float64 if double else torch.float32
+        self.dtype = {"float64": torch.float64}.get(config["precision"], torch.float32)
 
     source = property(lambda self: self.data["train"].source,
                       doc="Which data, in words")
