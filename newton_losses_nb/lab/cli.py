@@ -28,9 +28,8 @@ class Options(Settings):
     data_dir:str|None = setting(None, "Folder with MNIST's files, in place of --data")
     out:str|None = setting(None, "Folder of results, where what is finished is skipped;"
                                  " default: runs/ and the benchmark's name")
-    engine:str = setting("together", "together (all seeds at once, recorded when "
-                         "all end), local (one by one) or ray",
-                         one_of("local", "together", "ray"))
+    engine:str = setting("together", "together (all seeds at once, recorded when all "
+        "end), local (one by one) or ray", one_of("local", "together", "ray"))
     shard:str = setting("1/1", "Part of the runs to do: 2/5 is the second of five")
     address:str|None = setting(None, "Ray cluster: auto or host:port; default: here")
     gpus:float = setting(1., "Part of a GPU that a run takes with ray", positive)
@@ -239,7 +238,8 @@ def _preview(tasks, out, titles):
     failed = sum(done.get(t.key) == "failed" for t in tasks)
     steps = sum(t.config["steps"] for t in left)
     many = "s"*(len(tasks) > 1)
-    print(f"{len(tasks)} run{many} on {tasks[0].source}: {len(tasks) - len(left)} finished"
+    finished = f"{len(tasks) - len(left)} finished"
+    print(f"{len(tasks)} run{many} on {tasks[0].source}: {finished}"
           f"{f' ({failed} of them failed)' if failed else ''} in {out}, "
           f"{len(left)} to run, {steps:,} steps")
     for title, n in Counter(run_title(t.config) for t in left if titles).items():
@@ -261,23 +261,21 @@ def _report(runs, place, metric, out=None):
 # %% ../../nbs/lab/13_cli.ipynb #dc63b495
 def _call(prog, func):
     "Call a function, turn a user's mistakes into sentences"
-    try: func()
+    code = 2
+    try: return func() or 0
     except BrokenPipeError:                          # of `nl_bench ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as e:
-        print(f"{prog}: {e}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, ImportError) as e: said = f"{prog}: {e}"
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError): raise
-        print(f"{prog}: not enough memory for a batch, set or map of this size: "
-              f"{str(e).splitlines()[0]}", file=sys.stderr)
-        return 2
+        reason, *_ = str(e).split("\n")
+        said = f"{prog}: not enough memory for a batch or map of this size: {reason}"
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; finished runs are kept, repeat the command to "
-              "go on", file=sys.stderr)
-        return 130
-    return 0
+        code, said = 130, (f"\n{prog}: interrupted; finished runs are kept, repeat the "
+                           "command to go on")
+    print(said, file=sys.stderr)
+    return code
 
 def _parser():
     "A parser with a command for each benchmark"

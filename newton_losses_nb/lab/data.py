@@ -50,9 +50,8 @@ def need(
 ):                     # The first of them
     "Import a module, or say what to install if it or another is missing"
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    if missing: raise ImportError(
-        f"this needs the extra {extra!r} ({', '.join(missing)} not found): "
-        f"pip install 'newton_losses_nb[{extra}]'")
+    if missing: raise ImportError(f"this needs the extra {extra!r} "
+        f"({', '.join(missing)} not found): pip install 'newton_losses_nb[{extra}]'")
     return importlib.import_module(modules[0])
 
 def _load_sample():
@@ -104,9 +103,8 @@ def _load_dir(folder, source=None):
     folder = Path(folder).expanduser()
     found = [next((o for o in (folder/k, folder/f'{k}.gz') if o.is_file()), None)
              for k in _SHA256]
-    if None in found: raise FileNotFoundError(
-        f"data_dir: {folder}: expected a data directory with the files "
-        f"{', '.join(_SHA256)}, plain or as .gz")
+    if None in found: raise FileNotFoundError(f"data_dir: {folder}: expected a data "
+        f"directory with the files {', '.join(_SHA256)}, plain or as .gz")
     x, t, x_test, t_test = (read_idx(o, k) for o, k in zip(found, (3, 1, 3, 1)))
     mark = hashlib.sha256(b''.join(map(_idx_bytes, found))).hexdigest()[:12]
     source = source or f"data-dir mnist (sha256 {mark})"   # whatever its name
@@ -184,8 +182,7 @@ def draw_index(
 ) -> Int64[Tensor, "b n digits"]: # Indices of digits, on the CPU
     "Which digits new sets are made of"
     shape = n_sets, self.n, self.digits_per_image
-    return torch.randint(len(self.classes), shape, generator=generator,
-                         device="cpu")
+    return torch.randint(len(self.classes), shape, generator=generator, device="cpu")
 
 @patch
 def assemble(

@@ -173,8 +173,7 @@ class Task:
             if config.get(k, len(part)) != len(part): raise ValueError(
                 f"{k}: expected {config[k]} samples as configured, got {len(part)}")
         self.device = torch.device(config["device"])
-        double = config["precision"] == "float64"
-        self.dtype = torch.float64 if double else torch.float32
+        self.dtype = {"float64": torch.float64}.get(config["precision"], torch.float32)
 
     source = property(lambda self: self.data["train"].source,
                       doc="Which data, in words")
@@ -190,9 +189,8 @@ class Task:
     def direction(self):
         "What is sent back to the outputs"
         c = self.config
-        if c["lam"] in STORED: raise ValueError(
-            f"lam: expected a rule that is still there, {' or '.join(RULES)}, "
-            f"got {c['lam']}")
+        if c["lam"] in STORED: raise ValueError("lam: expected a rule that is still "
+            f"there, {' or '.join(RULES)}, got {c['lam']}")
         return self.directions(c["lam"], c["max_norm"])[c["method"]]
 
 # %% ../../nbs/lab/03_experiment.ipynb #8ae57850
@@ -410,11 +408,10 @@ def validate(self:Run, step, seconds, logs, data, forward):
         if not math.isfinite(loss + norm): raise NonFiniteError(
             f"step {i}: expected finite loss and gradient of the parameters, "
             f"got {loss:.3g} and norm {norm:.3g}")
-    task, c, few = self.task, self.task.config, slice(100)
+    task, c = self.task, self.task.config
     scores, y = _evaluate(task, self.net, data, forward)
-    share = None
-    if task.spectrum:
-        share = _negative_share(task.loss_fn, y[few], *(t[few] for t in data[1]))
+    few = (t[:100] for t in (y, *data[1]))
+    share = _negative_share(task.loss_fn, *few) if task.spectrum else None
     loss, norm, cosine = logs.double().mean(0).tolist() if len(logs) else [None]*3
     epoch = {"epoch": step*c["batch"]/c["train"]} if "epochs" in c else {}
     point = dict(step=step, **epoch, seconds=round(seconds, 4), train_loss=loss,

@@ -7,9 +7,8 @@ __all__ = ['run_key', 'environment', 'append_run', 'only_writer', 'read_runs', '
            'nl_colab']
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
-import contextlib, functools, hashlib, json, os, platform, re, shutil
-import subprocess, sys
-import warnings
+import contextlib, functools, hashlib, json, os, platform, re, shutil, subprocess
+import sys, warnings
 from pathlib import Path
 
 import torch
@@ -38,10 +37,9 @@ def _git_commit():
     except (OSError, subprocess.SubprocessError): return None
 
 def _processor():
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [o.split(':')[1].strip() for o in lines if o.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
+    cpu = Path('/proc/cpuinfo')
+    found = cpu.exists() and re.search('(?m)^model name.*?:([^:\n]*)', cpu.read_text())
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 # %% ../../nbs/lab/02_records.ipynb #254cdeea
 def environment(

@@ -188,8 +188,7 @@ def _failures(runs):
     errors = [str(r["error"]) for r in runs if r["status"] == "failed"]
     if not errors: return f"None of the {len(runs)} runs failed."
     def reason(o): return re.sub(r"(after )?step \d+: ", "", o).split(", got")[0]
-    why = Counter(map(reason, errors))
-    why = "; ".join(f"{n} × {k}" for k, n in why.most_common())
+    why = "; ".join(f"{n} × {k}" for k, n in Counter(map(reason, errors)).most_common())
     return (f"Failed: {len(errors)} of {len(runs)} runs ({why}); "
             "a mean beside them is over the other runs, and may be too high.")
 
@@ -316,9 +315,8 @@ def plot_curves(
     columns, rows = min(len(panels), 2), -(-len(panels)//2)
     size = 9 if columns > 1 else 6.5, 2.9*rows + 0.9
     fig = Figure(size, dpi=70, layout="constrained")
-    axs = fig.subplots(rows, columns, squeeze=False).flat
-    for ax in axs[len(panels):]: ax.remove()
-    for ax, (_, part) in zip(axs, panels): _panel(ax, part, metric, x, styles)
+    for i, (_, part) in enumerate(panels, 1):
+        _panel(fig.add_subplot(rows, columns, i), part, metric, x, styles)
     handles = [Line2D([], [], label=m, **s) for m, s in styles.items()]
     if any(r["status"] == "failed" for r in g.run):
         handles.append(Line2D([], [], label="failed run", color="0.4", **_cross))

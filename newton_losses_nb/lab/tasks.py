@@ -392,9 +392,8 @@ class Classification(Settings):
 
     def complete(self, c):
         "With defaults that depend on others, and None for what is not used"
-        if c["lam"] == 0: raise ValueError(
-            "lam: expected a positive number, got 0: the cross-entropy's curvature is "
-            "singular")
+        if c["lam"] == 0: raise ValueError("lam: expected a positive number, got 0: "
+                                           "the cross-entropy's curvature is singular")
         several = "s"*(self.epochs > 1)
         return c | _by_epochs(self, "digits") | dict(
             task="classification", loss="cross_entropy",

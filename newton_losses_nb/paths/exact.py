@@ -83,8 +83,7 @@ def _walk(d:Shaped[Tensor, "B1 H2 W2"], n_iter:int|None=None) -> tuple:
         at = at + steps.view(-1).index_select(0, k)
         trail.append(at); near.append(best)
         if n_iter is None and i >= max(H, W) and i % 3 == 0 and (
-            (at <= start) | (best == near[-2])).all():
-            break
+            (at <= start) | (best == near[-2])).all(): break
     path, near = torch.zeros_like(d), torch.stack(near)
     path.view(-1).index_fill_(0, torch.cat(trail), 1)
     return path[1:, 1:-1, 1:-1], (near[1:] == near[:-1]).any(0) | (at > start)
@@ -97,8 +96,7 @@ def _without_plateaus(d:Float[Tensor, "B1 H2 W2"]) -> Shaped[Tensor, "B1 H2 W2"]
     hops[:, 1, 1] = 0
     inner = hops[:, 1:-1, 1:-1]
     while True:
-        new = torch.where(tight, neighbours(hops) + 1, torch.inf).amin(1)
-        new = torch.minimum(inner, new)
+        new = torch.where(tight, neighbours(hops) + 1, torch.inf).amin(1).minimum(inner)
         if torch.equal(inner, new): break
         inner.copy_(new)
     order = torch.unique(d, return_inverse=True)[1]*d[0].numel()
@@ -215,8 +213,7 @@ def is_valid_path(
     on = grid == 1
     touches = neighbours(F.pad(on.to(torch.int8), (1, 1, 1, 1))).sum(1)
     touches[:, 0, 0] += 1; touches[:, -1, -1] += 1
-    walls = torch.where(on, 1., torch.inf)
-    reached = _distances(walls)[0][1:, 1:-1, 1:-1].isfinite()
+    reached = _distances(torch.where(on, 1., torch.inf))[0][1:, 1:-1, 1:-1].isfinite()
     good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
     good = good.flatten(1).all(1) & on[:, 0, 0] & on[:, -1, -1]
     return good.reshape(path.shape[:-2])

@@ -6,8 +6,7 @@
 __all__ = ['DISTRIBUTIONS', 'Distribution', 'Noise', 'draw_noise', 'ratio_minus_1', 'minus_baseline', 'FenchelYoungLoss']
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #ac1782e2
-import contextlib
-import math
+import contextlib, math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -38,8 +37,7 @@ DISTRIBUTIONS = { # Distributions of the noise
         draw=lambda y, shape, device, generator: -y.new_empty(
             shape, device=device).exponential_(generator=generator).log(),
         log_density=lambda e: -e - (-e).exp(),
-        score=lambda e: 1 - (-e).exp(), curvature=lambda e: -(-e).exp()),
-}
+        score=lambda e: 1 - (-e).exp(), curvature=lambda e: -(-e).exp())}
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #9964ebb4
 class AsCode:
@@ -74,8 +72,7 @@ class Noise(AsCode):
             x = getattr(self, name)
             if not isinstance(x, (kinds, type(None))): raise TypeError(
                 f"{name}: expected a {kinds.__name__}, got {x!r}")
-        object.__setattr__(self, "sigma", positive("sigma", self.sigma))
-        object.__setattr__(self, "samples", _samples(self))
+        vars(self).update(sigma=positive("sigma", self.sigma), samples=_samples(self))
 
     @property
     def kind(self) -> Distribution: return DISTRIBUTIONS[self.distribution]
@@ -112,18 +109,15 @@ def draw_noise(
     "Standard noise for each sample of a batch: new, or `noise.fixed`"
     check_noise(noise)
     check_outputs(y)
-    n, m, fixed = len(y), math.prod(y.shape[1:]), noise.fixed
-    if fixed is not None:
-        if fixed.shape[-1] != m or fixed.ndim == 3 and len(fixed) != n:
-            raise ValueError(
-                f"fixed: expected shape ({n}, S, {m}) or (S, {m}), got "
-                f"{tuple(fixed.shape)} "
-                f"(where a batch is cut, by chunk_size, it must be (S, {m}))")
-        return fixed.to(y).expand(n, *fixed.shape[-2:])
+    n, m, x, g = len(y), math.prod(y.shape[1:]), noise.fixed, noise.generator
+    if x is not None:
+        if x.shape[-1] != m or x.ndim == 3 and len(x) != n: raise ValueError(
+            f"fixed: expected shape ({n}, S, {m}) or (S, {m}), got {tuple(x.shape)} "
+            f"(where a batch is cut, by chunk_size, it must be (S, {m}))")
+        return x.to(y).expand(n, *x.shape[-2:])
     half = noise.samples//2 if noise.antithetic else noise.samples
-    device = y.device if noise.generator is None else noise.generator.device
-    e = noise.kind.draw(y, (n, half, m), device=device, generator=noise.generator)
-    e = e.to(y.device)
+    device = y.device if g is None else g.device
+    e = noise.kind.draw(y, (n, half, m), device=device, generator=g).to(y.device)
     return torch.cat([e, -e], 1) if noise.antithetic else e
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #b6560b79
@@ -145,15 +139,13 @@ def call(name, algorithm, points:Float[Tensor, "N S ..."], args=()):
         if hasattr(e, "add_note"): e.add_note(f"{name}: {called}")
         raise
     check_tensor(name, f)
-    if f.shape[:1] != (n,): raise ValueError(
-        f"{name}: expected a tensor with one row for each of the {n} rows it was "
-        f"given, got shape {tuple(f.shape)} ({called})")
+    if f.shape[:1] != (n,): raise ValueError(f"{name}: expected a tensor with one row "
+        f"for each of the {n} rows it was given, got shape {tuple(f.shape)} ({called})")
     return f.to(torch.promote_types(f.dtype, points.dtype)).unflatten(0, (N, S))
 
 def check_tensor(name, f):
-    if not isinstance(f, Tensor): raise TypeError(
-        f"{name}: expected a torch tensor, got {type(f).__module__}."
-        f"{type(f).__name__}: return torch.as_tensor(...)")
+    if not isinstance(f, Tensor): raise TypeError(f"{name}: expected a torch tensor, "
+        f"got {type(f).__module__}.{type(f).__name__}: return torch.as_tensor(...)")
 
 def check_rows(name, algorithm, y, args=()):
     "Raise if what an algorithm makes of the first row of `y` changes with the second"

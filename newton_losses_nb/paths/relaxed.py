@@ -34,15 +34,13 @@ def _last_weights(cost:Float[Tensor, "B H W"], beta, n_iter):
 def _far(cost, beta):
     "A distance beyond all others, with room for second derivatives; one per grid"
     most = torch.finfo(cost.dtype).max/(16*max(beta, 1.))
-    return (1e4*cost.detach().abs().amax((-2, -1),
-                                         keepdim=True).clamp(min=1.)).clamp(max=most)
+    return (1e4*cost.detach().abs().amax((-2, -1), keepdim=True)).clamp(1e4, most)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #e54050fd
 _T_CONORMS = {
     "probabilistic": lambda a, b: a + b - a*b,
     "hamacher": lambda a, b: (a + b + 3*a*b)/(1 + 4*a*b),
-    "yager": lambda a, b: 1 - torch.relu(1 - a - b),
-}
+    "yager": lambda a, b: 1 - torch.relu(1 - a - b)}
 
 # %% ../../nbs/paths/01_relaxed.ipynb #ee839f34
 def _plain_walk(cost, beta, n_iter, steps):
@@ -151,8 +149,7 @@ def _soft_walk(cost, beta, n_iter, steps):
 # %% ../../nbs/paths/01_relaxed.ipynb #82a5279a
 def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "B H W"]:
     "Result of a relaxed while-loop with a fixed number of steps"
-    first = tracked[:, :, 0, 0]
-    start = torch.cat([torch.zeros_like(first[:1]), first])
+    start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
     weight = left[:-1] - left[1:]
     weight[-1] += left[-1]
@@ -168,10 +165,9 @@ def relaxed_bellman_ford(
 ) -> Float[Tensor, "*batch H W"]:      # Share of each cell in the path, 0 to 1
     "Shortest path by relaxed Bellman-Ford (Petersen et al., NeurIPS 2021)"
     check_grid("cost", cost)
-    beta, n = positive("beta", beta), count("n_iter", n_iter)
-    choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     H, W = cost.shape[-2:]
-    n = H + W if n is None else n
+    beta, n = positive("beta", beta), count("n_iter", n_iter) or H + W
+    choice("loop", loop, ("for", "while")), choice("t_conorm", t_conorm, _T_CONORMS)
     steps = n if loop == "for" else n + 16
     at = _soft_walk(widened(cost).reshape(-1, H, W), beta, n, steps)
     tracked = list(itertools.accumulate(at.unbind(), _T_CONORMS[t_conorm]))

@@ -17,8 +17,8 @@ from ..core.derivatives import (
     check_same_shape, derivatives as derivatives_of, sample_losses)
 from ..core.solves import positive
 from .fenchel_young import (
-    AsCode, Noise, call, check_noise, check_rows, check_tensor, checked_floor,
-    draw_noise, minus_baseline, raised, ratio_minus_1)
+    AsCode, FenchelYoungLoss, Noise, call, check_noise, check_rows, check_tensor,
+    checked_floor, draw_noise, minus_baseline, raised, ratio_minus_1)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #68dfba94
 def smoothed_algorithm(
@@ -33,11 +33,9 @@ def smoothed_algorithm(
 def _sample(name, algorithm, y, noise, args=()):
     "Results `(N, S, ...)` at noisy points, those minus the baseline, the noise"
     e = draw_noise(y, noise)
-    def at(e):
-        moves = (noise.sigma*e).reshape(*e.shape[:2], *y.shape[1:])
-        return call(name, algorithm, y.detach()[:, None] + moves, args)
-    f = at(e)
-    centred = minus_baseline(f, noise, lambda: at(torch.zeros_like(e[:, :1]))[:, 0])
+    def at(moves): return call(name, algorithm, y.detach()[:, None] + moves, args)
+    f = at((noise.sigma*e).unflatten(2, y.shape[1:]))
+    centred = minus_baseline(f, noise, lambda: at(0)[:, 0])
     return f.to(y.dtype), centred.to(y.dtype), e
 
 def _mean(y, noise, f, centred, e):
@@ -84,8 +82,7 @@ class SmoothedLoss(AsCode):
         f, *rest = _sample(name, self.loss_of_algorithm, y, self.noise, args)
         if f.ndim == 2: return f, *rest
         raise ValueError(f"{name}: expected one loss per sample, shape ({len(y)},), "
-                         f"got {(len(y), *f.shape[2:])}; do not reduce it "
-                         f"(reduction='none')")
+            f"got {(len(y), *f.shape[2:])}; do not reduce it (reduction='none')")
 
 # %% ../../nbs/paths/03_smoothing.ipynb #d6f2872c
 @dataclass(eq=False, repr=False)
@@ -107,9 +104,8 @@ class SmoothedAlgorithmLoss(AsCode):
         "Losses `(N,)`, gradients `(N, m)` and Hessians `(N, m, m)` (or None)"
         noise = self.noise
         a, centred, e = _sample("algorithm", self.algorithm, y, noise)
-        second = "full" if hessian else None
-        loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, second=second,
-                                       check=False)
+        loss, dL, ddL = derivatives_of(self.loss_fn, a.mean(1), *args, check=False,
+                                       second="full" if hessian else None)
         s, scale = noise.kind.score(e), e.shape[1]*noise.sigma
         J = torch.einsum("nsk,nsm->nkm", centred, s)/scale
         G = torch.einsum("nk,nkm->nm", dL, J)
@@ -175,6 +171,4 @@ class BlackboxLoss(AsCode):
                                      "derivative; use curvature='fisher'")
         return derivatives_of(self.__call__, y, *args, check=False)
 
-    def check_rows(self, y, *args):
-        "Raise if the solver does not solve each row alone"
-        check_rows("solver", self.solver, raised(y, self.floor))
+    check_rows = FenchelYoungLoss.check_rows

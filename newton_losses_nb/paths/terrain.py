@@ -182,10 +182,9 @@ def _find_folder(data_dir, size) -> Path:
     missing = {o: [name for name in _FILES if not (o/name).is_file()] for o in places}
     folder = min(places, key=lambda o: len(missing[o]))
     if not missing[folder]: return folder
-    raise FileNotFoundError(
-        f"data_dir: expected {', '.join(_FILES)} in {top}, or in {grid} or "
-        f"warcraft_shortest_path_oneskin/{grid} there, got no "
-        f"{', '.join(missing[folder])}")
+    raise FileNotFoundError(f"data_dir: expected {', '.join(_FILES)} in {top}, or in "
+                            f"{grid} or warcraft_shortest_path_oneskin/{grid} there, "
+                            f"got no {', '.join(missing[folder])}")
 
 # %% ../../nbs/paths/04_terrain.ipynb #410d705f
 def _read_part(folder, part) -> Maps:
@@ -198,9 +197,8 @@ def _read_part(folder, part) -> Maps:
         maps = Maps(images.movedim(-1, 1).contiguous(), costs, paths, '')
         wrong = (~cost_optimality(costs, paths)).nonzero()
     except Exception as e: raise ValueError(f"{folder/part}_*.npy: {e}") from e
-    if len(wrong): raise ValueError(
-        f"{folder/part}_shortest_paths.npy: expected cheapest paths from corner to "
-        f"corner, got another on map {int(wrong[0])}")
+    if len(wrong): raise ValueError(f"{folder/part}_shortest_paths.npy: expected "
+        f"cheapest paths from corner to corner, got another on map {int(wrong[0])}")
     return maps
 
 # %% ../../nbs/paths/04_terrain.ipynb #19ec6c19

@@ -56,7 +56,6 @@ def _steps(Z, groups, *stacks):
             yield o.unflatten(at, (blocks, width)) if blocks > 1 < width else o
     return list(zip([pairs[g] for g in groups], *map(parts, stacks)))
 
-
 # %% ../../nbs/sorting/02_fast_networks.ipynb #acfcbce8
 def _mix(Z, network, relaxation, steepness):
     "Send rows through the network, in place; returns their differences"
@@ -163,7 +162,6 @@ def _weights_back(G, groups, W, M):
     (low, high), (own, other) = sums[..., 0], M.sum(-1)
     return high + own - other, low - own + other
 
-
 # %% ../../nbs/sorting/02_fast_networks.ipynb #6f9d789b
 def _scores_back(n, groups, keep, push):
     "Gradient in the scores, and y_b − y_a at every comparator"
@@ -245,14 +243,12 @@ def _score_tangents(n, groups, sign, kappa):
 def _weight_tangents(n, groups, W, dp, dq):
     "Derivatives of log P, (n, n - 1, N, n), and of the arguments E of the shares"
     L, E = dp.new_zeros(n, *dp.shape[1:], n), dp.new_empty(2, *dp.shape, n)
-    swapped, dr = torch.stack([dq, dp]).unsqueeze(-1), torch.stack(
-        [dp - dq, dq - dp]).unsqueeze(-1)
+    dr, swapped = (torch.stack(o).unsqueeze(-1) for o in ((dp - dq, dq - dp), (dq, dp)))
     steps = _steps(L, groups, E, W.unsqueeze(2), dr, swapped)
     for (both, low, high), e, w, r, add in steps:
         torch.add(low - high, r, out=e)
         torch.addcmul(high + add, w, e, out=both)
     return L, E
-
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #3d22a08c
 def _loss_tangents(L, T, kind, dL):

@@ -94,9 +94,8 @@ def true_permutation(
     "Permutation matrix that sorts `labels` ascending; ties keep their order"
     if not isinstance(labels, Tensor): raise TypeError(
         f"labels: expected a tensor, got {type(labels).__name__}")
-    if labels.ndim == 0 or labels.shape[-1] == 0:
-        raise ValueError(f"labels: expected shape (..., n), n ≥ 1, got "
-                         f"{tuple(labels.shape)}")
+    if labels.ndim == 0 or labels.shape[-1] == 0: raise ValueError(
+        f"labels: expected shape (..., n), n ≥ 1, got {tuple(labels.shape)}")
     recorded = labels.is_cuda and torch.cuda.is_current_stream_capturing()
     if labels.is_floating_point() and not (in_transform(labels) or recorded):
         nan = int(labels.isnan().sum())
@@ -143,9 +142,8 @@ def check_ranking(shape, P_true, kind, device):
         raise ValueError(
             f"P_true: expected the shape of P, (..., n, n), got P {tuple(shape)} and "
             f"P_true {tuple(P_true.shape)}{_hint(shape, P_true.shape)}")
-    if P_true.device != device:
-        raise ValueError("P_true: expected a tensor on the device of P, "
-                         f"{device}, got {P_true.device}")
+    if P_true.device != device: raise ValueError(
+        f"P_true: expected a tensor on the device of P, {device}, got {P_true.device}")
 
 def _hint(P, P_true):
     "What is likely meant by shapes that do not fit"
