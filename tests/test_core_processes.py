@@ -156,12 +156,25 @@ def one_call(rank, size):
         some = slice(0, 0) if rank == size - 1 else slice(None)
         for _ in range(2): team(y[some, :3], u[some], w[some]).backward()
         return team.module.loss.loss_fn.a.grad
+    def unused():
+        "A loss that is a method of the model, of which it uses a part"
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.net, self.aux = torch.nn.Linear(3, 4).double(), torch.nn.Linear(3, 4).double()
+                self.loss = NewtonLoss(self.per, lam=.1)
+            def forward(self, x): return self.net(x)
+            def per(self, y, u, w): return bumpy(y, u, w)
+        team = torch.nn.parallel.DistributedDataParallel(Model(), find_unused_parameters=True)
+        for _ in range(2): team.module.loss(team(y[:, :3]), u, w).backward()
+        return team.module.net.weight.grad, team.module.aux.weight.grad
     def copied():
         loss = NewtonLoss(bumpy, lam=.1, group=team)
         return run(copy.deepcopy(loss), y, u, w)[1] - run(loss, y, u, w)[1]
     team = dist.new_group(range(size))
     nothing = torch.zeros_like(y, dtype=torch.bool)
-    return {"learned": learned, "copied": copied, "inject mean": lambda: inject("mean"), "inject sum": lambda: inject("sum"),
+    return {"learned": learned, "unused": unused, "copied": copied, "inject mean": lambda: inject("mean"), "inject sum": lambda: inject("sum"),
             "accumulated": accumulated, "ddp": ddp,
             "nobody": lambda: run(NewtonLoss(bumpy, lam=.1), y[:0], u[:0], w[:0]),
             "all padding": lambda: run(NewtonLoss(bumpy, lam=.1), y, u, w, mask=nothing),
@@ -309,6 +322,10 @@ def test_a_learned_loss_without_samples(world):
     "No process waits, and all have the same gradient"
     found = of_all(world, "learned")
     for grad in found: assert grad.any() and torch.equal(grad, found[0])
+
+def test_what_a_loss_does_not_use_has_no_gradient(world):
+    found = of_all(world, "unused")
+    for grad, none in found: assert grad.any() and torch.equal(grad, found[0][0]) and none is None
 
 def test_a_copy_has_the_same_group(world):
     for d in of_all(world, "copied"): assert not d.any()

@@ -45,9 +45,11 @@ class _Probe:
         with unseen(self.loss_fn, self.args):
             torch.manual_seed(0), random.seed(0)
             if "numpy" in sys.modules: sys.modules["numpy"].random.seed(0)
-            return f(y.clone(), *args)
+            with torch.enable_grad():                # outputs of a network, as in training
+                found = f(y.clone().requires_grad_().clone(), *args)
+            return found.detach() if isinstance(found, Tensor) else found
 
-    def values(self, y): return self.call(self.loss_fn, y).detach()
+    def values(self, y): return self.call(self.loss_fn, y)
 
     def gradient(self, y, check=False):
         return self.call(partial(derivatives, self.loss_fn, check=check), y)[1]
@@ -130,7 +132,8 @@ def _ask_shape(p):
 def _ask_untouched(p):
     given = p.call(lambda *given: (p.loss_fn(*given), given)[1], p.y)
     for i, (a, b) in enumerate(zip(given, (p.y, *p.args))):
-        if not isinstance(a, Tensor) or torch.equal(a, b): continue
+        dense = isinstance(a, Tensor) and a.layout == torch.strided
+        if not dense or torch.equal(a, b): continue
         if i: return _problem(f"changes args[{i - 1}] in place", "args in place")
         return _fatal("changes y in place; begin it with y = y.clone()", "y in place")
 
@@ -138,7 +141,7 @@ def _ask_repeatable(p):
     close = partial(torch.allclose, rtol=1e-6, atol=0, equal_nan=True)
     if not close(p.values(p.y), p.values(p.y)): return _problem(
         "two calls differ, whatever generators are fixed: cannot be judged", "random")
-    twice = p.call(lambda *a: [p.loss_fn(p.y.clone(), *a[1:]) for _ in range(2)], p.y)
+    twice = p.call(lambda y, *a: [p.loss_fn(y.clone(), *a) for _ in range(2)], p.y)
     if not close(*twice): return _note(
         "draws noise (fixed for the other questions)", "noise")
 

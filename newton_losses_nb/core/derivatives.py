@@ -11,6 +11,7 @@ import gc
 import random
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -69,7 +70,8 @@ def sample_losses(
                      f"got {kind_of(loss)}{hint}")
 
 # %% ../../nbs/core/01_derivatives.ipynb #7d0a5b02
-_DULL = type(None), str, bool, int, float, ModuleType, torch.dtype, torch.device
+_DULL = (type(None), str, bool, int, float, ModuleType, torch.dtype, torch.device,
+         *weakref.ProxyTypes)
 _OF_MODULES = {*vars(nn.Module())} - {"_buffers"} # Attributes that all have
 
 def named(f, args=()):
@@ -87,13 +89,13 @@ def named(f, args=()):
         elif isinstance(o, (list, tuple, set)): parts = o
         elif isinstance(o, dict): parts = o.values()
         elif isinstance(o, FunctionType):
-            parts = [c.cell_contents for c in o.__closure__ or ()]
+            parts = [x for c in o.__closure__ or () for x in gc.get_referents(c)]
             parts += [o.__defaults__, o.__kwdefaults__]
             parts += [o.__globals__.get(k) for k in o.__code__.co_names]
         else: parts = gc.get_referents(o)            # attributes, slots, the class
         if len(todo) > 1000: continue
         for x in islice(parts, 100):
-            if isinstance(x, _DULL) or id(x) in seen: continue
+            if issubclass(type(x), _DULL) or id(x) in seen: continue
             seen.add(id(x))
             todo.append(x)
 
@@ -118,15 +120,24 @@ def _refill(d, kept):
     for k in d.keys() - kept.keys(): del d[k]
     d.update(kept)
 
+def _contents(tensors):
+    "What reads and what sets them; not of other kinds than dense ones"
+    for x in tensors:
+        dense = issubclass(type(x), Tensor) and x.layout == torch.strided
+        if dense and not x.is_nested and x.is_contiguous():
+            yield x.data.clone, x.data.copy_
+
 def _states(f, args, limit=10_000):
-    "What reads and what sets each generator, and each module's state, in `f` and `args`"
+    "What reads and what sets each generator, module's state and argument of `f`"
+    yield from _contents(args)
     seen, todo, kinds = set(), [f, args, random._inst], (random.Random,)
-    closed = type, ModuleType, Tensor, str, bytes, int, float, random.SystemRandom
+    closed = (type, ModuleType, Tensor, str, bytes, int, float, random.SystemRandom,
+              *weakref.ProxyTypes)
     if np := sys.modules.get("numpy"):
         todo.append(np.random.mtrand._rand)
         kinds += np.random.RandomState, np.random.BitGenerator
     for o in todo:
-        if id(o) in seen or isinstance(o, closed) or len(seen) == limit: continue
+        if id(o) in seen or issubclass(type(o), closed) or len(seen) == limit: continue
         if isinstance(o, dict) and "__builtins__" in o: continue
         seen.add(id(o))
         todo += gc.get_referents(o)[:1000]
@@ -136,25 +147,24 @@ def _states(f, args, limit=10_000):
             for d in (getattr(o, k, None) for k in ("__dict__", "_buffers")):
                 if not isinstance(d, dict): continue # as in a scripted module
                 yield d.copy, partial(_refill, d)
-                for x in d.values():
-                    if isinstance(x, Tensor) and x.is_contiguous():
-                        yield x.data.clone, x.data.copy_
+                yield from _contents(d.values())
         if isinstance(o, torch.Generator): yield o.get_state, o.set_state
         if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
 @contextlib.contextmanager
 def unseen(f=None, args=()):
     "A context for a trial of `f`: no checkpoint sees it, and it leaves nothing behind"
-    known = torch._C._autograd._saved_tensors_hooks_is_enabled()
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        *[lambda x: x]*2) if known else contextlib.nullcontext()
+    own = torch._C._autograd                         # torch.func works without hooks only
+    known = getattr(own, "_top_saved_tensors_default_hooks", lambda _: True)(True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(*[lambda x: x]*2) if (
+        known and own._saved_tensors_hooks_is_enabled()) else contextlib.nullcontext()
     cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
     devices = [torch.cuda.current_device()] if cuda else []
-    own = [(put, get()) for get, put in _states(f, args)]
+    states = [(put, get()) for get, put in _states(f, args)]
     try:
         with torch.random.fork_rng(devices), hooks: yield
     finally:
-        for put, state in own: put(state)
+        for put, state in states: put(state)
 
 # %% ../../nbs/core/01_derivatives.ipynb #ab09a445
 def of_samples(args, lead:list, hint:str="") -> list[bool]:
@@ -199,9 +209,9 @@ def _check_independent(loss, G, y):
                  for x in (Gv/v[:, None] - G, G))
     if off > 1e-3*size.clamp_min(1e4*torch.finfo(G.dtype).tiny): raise ValueError(
         "loss_fn: expected independent samples, but the loss of one depends on the "
-        "outputs of another (a mean, normalisation or ranking over the batch inside?), "
-        "or a factor on the loss turns its gradient (a clamp in a hook?); average "
-        "outside the loss instead")
+        "outputs of another (a mean, normalisation, ranking or stopping rule over the "
+        "batch inside?), or a factor on the loss turns its gradient (a clamp in a "
+        "hook?); average outside the loss instead")
 
 # %% ../../nbs/core/01_derivatives.ipynb #45f4a354
 def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
@@ -218,8 +228,9 @@ def _check_second(loss_fn, y, args, G, products):
     far, info = y.square().mean().sqrt(), torch.finfo(y.dtype)
     v = random_signs(len(y), y)*(far.where(far > 0, 1).clamp_max(1) + y.abs())
     def like(x):
-        return [a.to(x) if isinstance(a, Tensor) and a.is_floating_point() else a
+        wide = [a.to(x) if isinstance(a, Tensor) and a.is_floating_point() else a
                 for a in args]
+        return [a.clone() if isinstance(a, Tensor) else a for a in wide]
     def gradient(x):
         return torch.autograd.grad(loss_fn(x.requires_grad_(), *like(x)).sum(), x)[0]
     def changes(x):
@@ -268,6 +279,17 @@ def _own(loss_fn, y, args, second):
     return loss.detach(), G.detach(), products if second == "products" else H
 
 # %% ../../nbs/core/01_derivatives.ipynb #bf2f2138
+def _learns(loss, y):
+    "Does the graph of `loss` lead to another tensor than `y` that wants a gradient?"
+    todo = [loss.grad_fn]
+    seen = {*todo}
+    for node in todo:
+        new = {n for n, _ in node.next_functions} - seen - {None}
+        if any(getattr(n, "variable", y) is not y for n in new): return True
+        seen |= new
+        todo += new
+    return False
+
 def derivatives(
     loss_fn:Callable,       # Per-sample loss, perhaps with its own `derivatives`
     y:Float[Tensor, "N m"], # Network outputs
@@ -275,6 +297,7 @@ def derivatives(
     second:str|None=None,   # None, "full", "diagonal" or "products"
     check:bool=True,        # Are samples independent, and second derivatives right?
     mask:Bool[Tensor, "N m"]|None=None, # True: a real output; None: all are
+    detach:bool=True,       # Also the losses from their parameters?
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N m"], Tensor|Callable|None]:
     "Loss, gradient and second derivatives of every sample, detached"
     if mask is not None: loss_fn, y = _Padded(loss_fn, mask), y.where(mask, 0)
@@ -297,7 +320,8 @@ def derivatives(
             E = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None]
             some = {"keep": lambda v, P: (v*P).sum(-1)} if second == "diagonal" else {}
             H = H(E.expand(-1, *y.shape), **some).movedim(0, 1)
-    return loss.detach(), G.detach(), H
+    if detach or not _learns(loss, y): loss = loss.detach()
+    return loss, G.detach(), H
 
 # %% ../../nbs/core/01_derivatives.ipynb #d186b929
 class _Padded:

@@ -42,7 +42,7 @@ class OutputLoss(nn.Module):
         group="auto",                    # Processes that share: "auto", a group, None
     ):
         super().__init__()
-        if not callable(loss_fn):
+        if not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
         if not isinstance(direction, Direction):
             raise TypeError(f"direction: expected a Direction, got {direction!r}")
@@ -70,20 +70,19 @@ class OutputLoss(nn.Module):
         functional = torch._C._are_functorch_transforms_active()
         wanted = getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not (functional or wanted): return self._plain(y, mask, args)
-        if functional: self._check_gradients(args)
-        base = _Send if functional else super(torch.autograd.Function, _Send)
-        value = base.apply(y, self, mask, *args)[0]
-        if functional or not self._learns(y, mask, args): return value
-        own = self._plain(y, mask, args, self.taking)
-        if not own.requires_grad:                    # no sample: a gradient of zero
-            own = own + sum(p.flatten()[:0].abs().sum()
-                            for p in named(self.loss_fn, args) if p.requires_grad)
-        return value + (own - own.detach())
+        if functional:
+            self._check_gradients(args)
+            return _Send.apply(y, self, mask, *args)[0]
+        with torch.no_grad(): b, D, n = self._step(y, mask, args, self.training)
+        sent = _mean(b.loss.detach(), b), D/n
+        value = super(torch.autograd.Function, _Send).apply(y, sent)[0]
+        own = self._own(b, y, mask, args)
+        return value + (own - own.detach()) if own.requires_grad else value
 
     def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
         "Losses and directions of the samples, zero for those that take no part"
         with torch.no_grad(): b, D, _ = self._step(y, mask, args)
-        return b.loss, D
+        return b.loss.detach(), D
 
     def __getstate__(self): # For copies: without the last batch, and `accumulated`
         known = {k: v for k, v in vars(self).items() if k not in ("sent", "taking")}
@@ -97,9 +96,8 @@ class OutputLoss(nn.Module):
 
     @property
     def cosine(self) -> float:
-        "Of the last call's directions with the gradients; 1: the plain gradient"
-        if "sent" not in self.__dict__: raise ValueError(
-            "cosine: expected a step before, got none since this loss was made")
+        "Of the last call's directions with the gradients; 1: the gradient; NaN: no call"
+        if "sent" not in self.__dict__: return math.nan
         G, D = self.__dict__["sent"]
         return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
 
@@ -156,7 +154,8 @@ def _observe(self:OutputLoss, y, mask, args):
         self.judged = judged
     parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
-    return Batch(*map(join, *parts)), None if self.shared else sum(seen[1:], seen[0])
+    with torch.enable_grad(): b = Batch(*map(join, *parts))  # losses may have parameters
+    return b, None if self.shared else sum(seen[1:], seen[0])
 
 # %% ../../nbs/core/05_newton.ipynb #4ef0283f
 @patch
@@ -170,8 +169,8 @@ def _batch(self:OutputLoss, y, mask, args, own):
         fine = y.isfinite() if mask is None else y.isfinite() | ~mask
         fine = fine.all(-1, keepdim=True)
         y = y.where(fine, 0)
-    loss, G, H = derivatives(self.loss_fn, y, *args, second=second,
-                             check=not self.checked, mask=mask)
+    loss, G, H = derivatives(self.loss_fn, y, *args, second=second, mask=mask,
+                             check=not self.checked, detach=False)
     if guard:
         fine = fine & loss.isfinite().unsqueeze(-1) & G.isfinite().all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and second:
@@ -189,7 +188,8 @@ def _batch(self:OutputLoss, y, mask, args, own):
         H = lambda V: products(V.flatten(1, -2)).where(among, 0).double().view(V.shape)
     b = Batch(loss, G.double(), H, None if mask is None else mask.double())
     if len(lead) > 1:
-        b = Batch(*(x.unflatten(0, lead) if isinstance(x, Tensor) else x for x in b))
+        with torch.enable_grad(): b = Batch(*(
+            x.unflatten(0, lead) if isinstance(x, Tensor) else x for x in b))
     return b._replace(H=None), None if self.shared else self.direction.observe(b)
 
 # %% ../../nbs/core/05_newton.ipynb #311a80c4
@@ -260,9 +260,11 @@ def _once(D, y): return _Once.apply(D, y) if torch.is_grad_enabled() else D
 class _Send(_Once):
     "A value whose gradient at `y` is the direction over N"
     @staticmethod
-    def forward(y, loss, mask, *args):
+    def forward(y, loss, *args):
+        if isinstance(loss, tuple): return loss      # a value and a gradient
+        mask, *args = args
         b, D, n = loss._step(y, mask, args, remember=loss.training)
-        return _mean(b), D/n
+        return _mean(b.loss.detach(), b), D/n
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -288,11 +290,11 @@ class _Send(_Once):
                   for i in range(info.batch_size)]
         return tuple(map(torch.stack, zip(*values))), (0, 0)
 
-def _mean(b, n=None):
-    "Mean of the losses of the n samples that take part; zero if there are none"
-    if b.weight is None: return b.loss.mean(-1)
-    n = nonzero(b.n) if n is None else n
-    return (b.loss.where(b.taken, 0).sum(-1)/n).to(b.loss)
+def _mean(loss, b, n=None):
+    "Mean of the losses of the samples in `b` that take part; zero if there are none"
+    if b.weight is not None: loss = loss.where(b.taken, 0)
+    elif n is None: return loss.mean(-1)
+    return (loss.sum(-1)/(nonzero(b.n) if n is None else n)).to(loss)
 
 # %% ../../nbs/core/05_newton.ipynb #78e39088
 @patch
@@ -316,8 +318,10 @@ def _of_samples(self:OutputLoss, y, mask, args):
         def losses(i, j):
             cut = lambda a, o=True: a[i:j] if o and a is not None else a
             x, real, *some = _flat(cut(y.detach()), cut(mask), map(cut, args, own))
-            with exactly(y.device):
-                return sample_losses(self.loss_fn, x, *some, mask=real)
+            some = [a.clone() if isinstance(a, Tensor) else a for a in some]
+            if not x.is_inference(): x.requires_grad_()
+            with torch.enable_grad(), exactly(y.device):
+                return sample_losses(self.loss_fn, x, *some, mask=real).detach()
         whole, again = losses(0, N), losses(0, N)
         small = 1e-6*whole.abs().nan_to_num().amax().item()
         with contextlib.suppress(RuntimeError):      # shapes that fit the whole only
@@ -359,19 +363,25 @@ def _plain(self:OutputLoss, y, mask, args, part=None):
                 loss = sample_losses(self.loss_fn, y, *args, mask=mask)
                 if not loss.isfinite().all():        # so it comes from an argument
                     loss = sample_losses(self.loss_fn, y, *args, mask=real)
-    return _mean(Batch(loss.unflatten(0, lead), y, None, real.unflatten(0, lead)), n)
+    loss = loss.unflatten(0, lead)
+    return _mean(loss, Batch(loss, y, None, real.unflatten(0, lead)), n)
 
 # %% ../../nbs/core/05_newton.ipynb #71e1dcb6
 @patch
-def _learns(self:OutputLoss, y, mask, args):
-    "Has the loss parameters of its own that want a gradient?"
-    f = self.loss_fn
-    if any(p.requires_grad for p in named(f, args)): return True
-    seen = y.numel() if mask is None else mask.any()
-    if self.learns is None and seen and not hasattr(f, "derivatives"):
+def _own(self:OutputLoss, b, y, mask, args):
+    "The mean with a graph to what else than `y` wants a gradient, such as parameters"
+    f, loss, (n, taken) = self.loss_fn, b.loss, self.taking or (None, None)
+    if loss.requires_grad:                           # NaN may not reach parameters
+        whole = self.on_nonfinite == "raise" or (loss.isfinite() & taken).all()
+        return _mean(loss, b, n) if whole else self._plain(y, mask, args, self.taking)
+    parameters = [p for p in named(f, args) if p.requires_grad]
+    if parameters and Group(self.group).size > 1 and not b.n.any():
+        return loss.sum() + sum(p.flatten()[:0].abs().sum() for p in parameters)
+    if not parameters or not hasattr(f, "derivatives"): return loss
+    if self.learns is None:                          # f may know self, and put it back
         with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
-        self.learns = learns                         # f may know self, and put it back
-    return bool(self.learns)
+        self.learns = learns
+    return self._plain(y, mask, args, self.taking) if self.learns else loss
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -520,6 +530,15 @@ class _Linear:
     def __call__(self, y, G): return 0*y.sum(-1)
     def derivatives(self, y, G, hessian): return self(y, G), G, None
 
+class _Turn(_Once):
+    "A copy of `y`; `turned` says what its gradient becomes"
+    @staticmethod
+    def forward(y, turned): return y.clone()
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.turned = inputs[1]
+    @staticmethod
+    def backward(ctx, g): return ctx.turned(g), None
+
 @torch._disable_dynamo
 def inject_fisher(
     y:Float[Tensor, "N m"],        # Network outputs
@@ -556,6 +575,4 @@ def inject_fisher(
             _, D, n = loss._step(torch.zeros_like(G), None, (G,))
             D = (D*s/(n if mean else 1)).to(g.dtype)
         return _once(D, y)
-    z = y.clone()                                    # a view would lose its hook
-    if z.requires_grad: z.register_hook(turned)
-    return z
+    return _Turn.apply(y, turned)

@@ -291,8 +291,8 @@ def _parser():
 def nl_bench(argv:list|None=None) -> int: # Exit code
     "Run a benchmark; `argv`: arguments, by default those of the command line"
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    args, unknown = _parser().parse_known_args(argv)
     def run():
+        args, unknown = _parser().parse_known_args(argv)
         if unknown: raise ValueError(f"{unknown[0]}: no such option; "
                                      f"nl_bench {args.name} --help lists them")
         _run_grid(**vars(args))
