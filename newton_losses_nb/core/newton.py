@@ -374,10 +374,11 @@ def _own(self:OutputLoss, b, y, mask, args):
     if loss.requires_grad:                           # NaN may not reach parameters
         whole = self.on_nonfinite == "raise" or (loss.isfinite() & taken).all()
         return _mean(loss, b, n) if whole else self._plain(y, mask, args, self.taking)
-    parameters = [p for p in named(f, args) if p.requires_grad]
-    if parameters and Group(self.group).size > 1 and not b.n.any():
-        return loss.sum() + sum(p.flatten()[:0].abs().sum() for p in parameters)
-    if not parameters or not hasattr(f, "derivatives"): return loss
+    again, among = hasattr(f, "derivatives"), Group(self.group).size > 1
+    wanted = [p for p in named(f, args) if p.requires_grad] if again or among else ()
+    if among and wanted and not b.n.any():           # all processes want a gradient
+        return loss.sum() + sum(p.flatten()[:0].abs().sum() for p in wanted)
+    if not (again and wanted): return loss
     if self.learns is None:                          # f may know self, and put it back
         with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
         self.learns = learns
