@@ -1356,3 +1356,86 @@ def test_what_is_near_a_loss_may_be_empty_or_gone():
     m.loss(m.net(x), t).backward()
     assert check_loss(m.per, m.net(x).detach(), t).ok
     with pytest.raises(TypeError, match="loss_fn: expected a function, got <class"): NewtonLoss(nn.MSELoss)
+
+
+class ScaleLearner(nn.Module):
+    "Learns a scale, and says what its derivatives are"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(.3)), nn.Parameter(torch.tensor(.1))
+    def forward(self, y, t): return plain_squares(y, t)*self.a.exp()
+    def derivatives(self, y, t, hessian): return self(y, t).detach(), 2*self.a.exp().detach()*(y - t), None
+
+
+@pytest.mark.parametrize("first", ["empty", "masked", "not finite", "frozen"])
+def test_a_first_call_that_tells_nothing_does_not_end_learning(first):
+    (_, t), y, f = small_batch(), torch.randn(16, 3, requires_grad=True), ScaleLearner()
+    loss = OutputLoss(f, on_nonfinite="skip" if first == "not finite" else "raise")
+    if first == "empty": loss(y[:0], t[:0]).backward()
+    if first == "masked": loss(y, t, mask=torch.zeros(16, 3, dtype=torch.bool)).backward()
+    if first == "not finite": loss(y*torch.nan, t).backward()
+    if first == "frozen":
+        f.a.requires_grad_(False)
+        loss(y, t).backward()
+        f.a.requires_grad_(True)
+    f.zero_grad()
+    loss(y, t).backward()
+    assert_close(f.a.grad, f(y, t).mean().detach())
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "gradient", "raise"])
+def test_padding_is_no_sample_that_is_left_out(on_nonfinite, spoil):
+    "So value and gradient are of one call; where a sample is left out, of its neighbours"
+    if spoil and on_nonfinite == "raise": return
+    (_, t), y, scale, mask = small_batch(), torch.randn(16, 3), nn.Parameter(torch.tensor(.2)), torch.ones(16, 3, dtype=torch.bool)
+    mask[0], calls = False, []
+    if spoil: y[5] = torch.nan
+    def f(y, t):
+        calls.append(len(y))
+        return plain_squares(y, t)*scale.exp()
+    loss = OutputLoss(f, on_nonfinite=on_nonfinite, check=False)
+    loss(y.requires_grad_(), t, mask=mask)
+    calls.clear()
+    value = loss(y, t, mask=mask)
+    value.backward()
+    assert_close(scale.grad, value.detach())
+    assert len(calls) == 1 + spoil
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "gradient"])
+def test_a_gradient_that_an_argument_spoils_does_not_reach_parameters(on_nonfinite):
+    "The loss is finite there, its derivative is not"
+    y, w, a = torch.randn(8, 3, requires_grad=True), torch.ones(8), nn.Parameter(torch.tensor(.3))
+    def f(y, w): return (y.square().sum(1)*w*a.exp()).sqrt()
+    w[3] = 0
+    OutputLoss(f, on_nonfinite=on_nonfinite)(y, w).backward()
+    rest = torch.arange(8) != 3
+    plain, = torch.autograd.grad(f(y[rest], w[rest]).mean(), a)
+    assert_close(a.grad, plain); assert y.grad.isfinite().all()
+
+
+def test_second_derivatives_of_parameters_are_refused():
+    (_, t), y, a = small_batch(), torch.randn(16, 3, requires_grad=True), nn.Parameter(torch.tensor(.3))
+    value = OutputLoss(lambda y, t: plain_squares(y, t)*a.exp())(y, t)
+    g, = torch.autograd.grad(value, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"): torch.autograd.grad(g, y, retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"): g.backward()
+
+
+def test_outputs_may_change_after_the_loss():
+    (_, t), y = small_batch(), torch.randn(16, 3, requires_grad=True)
+    plain, = torch.autograd.grad(plain_squares(y*1, t).mean(), y)
+    out = y*1
+    value = OutputLoss(plain_squares)(out, t)
+    out.detach().mul_(2)
+    assert_close(torch.autograd.grad(value, y)[0], plain)
+
+
+def test_trials_put_back_arguments_that_are_a_column():
+    def f(y, t):
+        t -= 1
+        return nn.functional.cross_entropy(y, t, reduction="none")
+    labels = torch.stack([torch.arange(12) % 3 + 1, torch.zeros(12, dtype=torch.long)], 1)[:, 0]
+    OutputLoss(f, chunk_size=1)(torch.randn(12, 3, requires_grad=True), labels).backward()
+    assert torch.equal(labels, torch.arange(12) % 3)

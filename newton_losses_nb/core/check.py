@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .derivatives import check_outputs, derivatives, unseen, widened
+from .derivatives import (
+    check_outputs, derivatives, unseen, widened)
 from .evidence import Batch
 from .directions import Fisher, Whiten
 from .newton import (
@@ -45,7 +46,7 @@ class _Probe:
         with unseen(self.loss_fn, self.args):
             torch.manual_seed(0), random.seed(0)
             if "numpy" in sys.modules: sys.modules["numpy"].random.seed(0)
-            with torch.enable_grad():                # outputs of a network, as in training
+            with torch.enable_grad():                # outputs as in training
                 found = f(y.clone().requires_grad_().clone(), *args)
             return found.detach() if isinstance(found, Tensor) else found
 
@@ -344,8 +345,8 @@ def _recommend(p):
         if found["finite"] != "non-finite": return plain(
             ", in float64: in float32 the loss is not finite.")
         return plain(
-            ", computed stably (in logarithms, say). Until then samples where it is not "
-            "finite are left out.")
+            ", computed stably (in logarithms, say). Until then samples where it is "
+            "not finite are left out.")
     if p.exploding or single == "note":
         rows = _norm(p.G[p.good]).square()
         why = "Compute the loss stably (in logarithms, say). Until then, gradients "

@@ -124,7 +124,7 @@ def _contents(tensors):
     "What reads and what sets them; not of other kinds than dense ones"
     for x in tensors:
         dense = issubclass(type(x), Tensor) and x.layout == torch.strided
-        if dense and not x.is_nested and x.is_contiguous():
+        if dense and not x.is_nested and (x.is_contiguous() or 0 not in x.stride()):
             yield x.data.clone, x.data.copy_
 
 def _states(f, args, limit=10_000):
@@ -154,7 +154,7 @@ def _states(f, args, limit=10_000):
 @contextlib.contextmanager
 def unseen(f=None, args=()):
     "A context for a trial of `f`: no checkpoint sees it, and it leaves nothing behind"
-    own = torch._C._autograd                         # torch.func works without hooks only
+    own = torch._C._autograd                         # torch.func wants no hooks
     known = getattr(own, "_top_saved_tensors_default_hooks", lambda _: True)(True)
     hooks = torch.autograd.graph.saved_tensors_hooks(*[lambda x: x]*2) if (
         known and own._saved_tensors_hooks_is_enabled()) else contextlib.nullcontext()
@@ -281,13 +281,14 @@ def _own(loss_fn, y, args, second):
 # %% ../../nbs/core/01_derivatives.ipynb #bf2f2138
 def _learns(loss, y):
     "Does the graph of `loss` lead to another tensor than `y` that wants a gradient?"
-    todo = [loss.grad_fn]
-    seen = {*todo}
+    todo, seen = [loss.grad_fn], {loss.grad_fn, None}
     for node in todo:
-        new = {n for n, _ in node.next_functions} - seen - {None}
-        if any(getattr(n, "variable", y) is not y for n in new): return True
-        seen |= new
-        todo += new
+        edges = node.next_functions
+        if not edges and getattr(node, "variable", y) is not y: return True
+        for n, _ in edges:
+            if n not in seen:
+                seen.add(n)
+                todo.append(n)
     return False
 
 def derivatives(

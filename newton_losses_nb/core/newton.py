@@ -50,7 +50,7 @@ class OutputLoss(nn.Module):
         self.chunk_size = count("chunk_size", chunk_size)
         known = "raise", "skip", "gradient"
         self.on_nonfinite = choice("on_nonfinite", on_nonfinite, known)
-        self.check, self.group, self.learns = check, group, None
+        self.check, self.group, self.learns = check, group, ([], False)
         self.shared, self.padded = None, False       # by `accumulated`
         # No more checks of derivatives, from the next call on, of cuts?
         self.checked = self.judged = self.cut = not check or on_nonfinite == "skip"
@@ -77,7 +77,9 @@ class OutputLoss(nn.Module):
         sent = _mean(b.loss.detach(), b), D/n
         value = super(torch.autograd.Function, _Send).apply(y, sent)[0]
         own = self._own(b, y, mask, args)
-        return value + (own - own.detach()) if own.requires_grad else value
+        if not own.requires_grad: return value
+        own.register_hook(partial(_once, y=y))
+        return value + (own - own.detach())
 
     def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
         "Losses and directions of the samples, zero for those that take no part"
@@ -96,7 +98,7 @@ class OutputLoss(nn.Module):
 
     @property
     def cosine(self) -> float:
-        "Of the last call's directions with the gradients; 1: the gradient; NaN: no call"
+        "Of the last directions with the gradients; 1: the gradient; NaN: none yet"
         if "sent" not in self.__dict__: return math.nan
         G, D = self.__dict__["sent"]
         return torch.cosine_similarity(D.flatten(), G.flatten(), 0, 1e-300).item()
@@ -154,7 +156,7 @@ def _observe(self:OutputLoss, y, mask, args):
         self.judged = judged
     parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
-    with torch.enable_grad(): b = Batch(*map(join, *parts))  # losses may have parameters
+    with torch.enable_grad(): b = Batch(*map(join, *parts))  # losses may learn
     return b, None if self.shared else sum(seen[1:], seen[0])
 
 # %% ../../nbs/core/05_newton.ipynb #4ef0283f
@@ -233,7 +235,8 @@ def _explain(D, b, e, y):
     if D.isfinite().all(): return D
     raise SingularError(
         "lam: C + λI is singular, λ is not at least 0, or a power is of a negative "
-        "eigenvalue" + " (or second derivatives are not finite)"*(not hasattr(e, "total"))
+        "eigenvalue"
+        + " (or second derivatives are not finite)"*(not hasattr(e, "total"))
         + "; expected a larger lam, lam='auto', or eigenvalues='abs'")
 
 # %% ../../nbs/core/05_newton.ipynb #24a3a6e9
@@ -270,13 +273,16 @@ class _Send(_Once):
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], output[1])
+        early = isinstance(inputs[1], tuple)         # y may be changed in place later
+        ctx.y, kept = (inputs[0], None) if early else (None, inputs[0])
+        ctx.save_for_backward(kept, output[1])
         ctx.others = [None]*(len(inputs) - 1)
 
     @staticmethod
     def backward(ctx, g, _):
         if g is None: return None, *ctx.others
         y, D = ctx.saved_tensors
+        y = ctx.y if y is None else y
         D = (g if g.ndim == 0 else g[..., None, None])*D
         return _once(D.to(y.dtype), y), *ctx.others
 
@@ -343,8 +349,8 @@ def _of_samples(self:OutputLoss, y, mask, args):
 
 # %% ../../nbs/core/05_newton.ipynb #8f06f6b7
 @patch
-def _plain(self:OutputLoss, y, mask, args, part=None):
-    "The mean of the losses themselves; `part`: over how many samples, and which"
+def _plain(self:OutputLoss, y, mask, args, part=None, known=None):
+    "The mean of the losses; `part`: over how many, and which; `known`: their values"
     self._check_call(y, mask, args)
     own, lead = self._of_samples(y, mask, args), y.shape[:-1]
     y, mask, *args = _flat(y.detach(), mask, args, own)
@@ -352,17 +358,24 @@ def _plain(self:OutputLoss, y, mask, args, part=None):
     n, taken = part or (None, None)
     if taken is not None: real = real & taken.reshape(-1, 1)
     with exactly(y.device):
-        loss = sample_losses(self.loss_fn, y, *args, mask=mask)
-        if self.on_nonfinite == "raise":
-            _explain(loss, Batch(loss, loss, None, real), None, y)
-        else:
-            fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
-            real = real & fine.unsqueeze(-1)
-            if loss.requires_grad:                   # NaN may not reach its parameters
-                y = y.where(real, y[real.any(-1).int().argmax()])
-                loss = sample_losses(self.loss_fn, y, *args, mask=mask)
-                if not loss.isfinite().all():        # so it comes from an argument
-                    loss = sample_losses(self.loss_fn, y, *args, mask=real)
+        same = False
+        with contextlib.suppress(Exception):         # without those that are left out
+            if known is not None:
+                loss = sample_losses(self.loss_fn, y, *args, mask=real)
+                at = taken.flatten()
+                same = torch.allclose(loss[at], known.flatten()[at])
+        if not same:                                 # or what may not be cut
+            loss = sample_losses(self.loss_fn, y, *args, mask=mask)
+            if self.on_nonfinite == "raise":
+                _explain(loss, Batch(loss, loss, None, real), None, y)
+            else:
+                fine = loss.isfinite() & (y.isfinite() | ~real).all(-1)
+                real = real & fine.unsqueeze(-1)
+                if loss.requires_grad:               # NaN may not reach its parameters
+                    y = y.where(real, y[real.any(-1).int().argmax()])
+                    loss = sample_losses(self.loss_fn, y, *args, mask=mask)
+                    if not loss.isfinite().all():    # so it comes from an argument
+                        loss = sample_losses(self.loss_fn, y, *args, mask=real)
     loss = loss.unflatten(0, lead)
     return _mean(loss, Batch(loss, y, None, real.unflatten(0, lead)), n)
 
@@ -371,18 +384,21 @@ def _plain(self:OutputLoss, y, mask, args, part=None):
 def _own(self:OutputLoss, b, y, mask, args):
     "The mean with a graph to what else than `y` wants a gradient, such as parameters"
     f, loss, (n, taken) = self.loss_fn, b.loss, self.taking or (None, None)
-    if loss.requires_grad:                           # NaN may not reach parameters
-        whole = self.on_nonfinite == "raise" or (loss.isfinite() & taken).all()
-        return _mean(loss, b, n) if whole else self._plain(y, mask, args, self.taking)
+    if loss.requires_grad:
+        bad = () if self.on_nonfinite == "raise" else ~taken
+        if len(bad) and mask is not None: bad = bad & mask.any(-1)
+        if not len(bad) or not bad.any(): return _mean(loss, b, n)
+        return self._plain(y, mask, args, self.taking, loss.detach())
     again, among = hasattr(f, "derivatives"), Group(self.group).size > 1
-    wanted = [p for p in named(f, args) if p.requires_grad] if again or among else ()
-    if among and wanted and not b.n.any():           # all processes want a gradient
-        return loss.sum() + sum(p.flatten()[:0].abs().sum() for p in wanted)
-    if not (again and wanted): return loss
-    if self.learns is None:                          # f may know self, and put it back
+    wanted = [p for p in named(f, args) if p.requires_grad and p.is_leaf] if (
+        again or among) else ()
+    if not wanted or not b.n.any():                  # processes want a gradient in all
+        nothing = [p.flatten()[:0].abs().sum() for p in wanted if among]
+        return sum(nothing) if nothing else loss
+    if again and self.learns[0] != (ids := [*map(id, wanted)]):
         with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
-        self.learns = learns
-    return self._plain(y, mask, args, self.taking) if self.learns else loss
+        self.learns = ids, learns                    # f may know self, and put it back
+    return self._plain(y, mask, args, self.taking) if again and self.learns[1] else loss
 
 @patch
 def _check_gradients(self:OutputLoss, args):

@@ -234,8 +234,8 @@ def caption(
         "minus none: difference to the method none in points, paired over the seeds "
         "that finished in both, with its 95 % t-interval.",
         "p: two-sided paired t-test (scipy.stats.ttest_rel), and Holm-corrected over "
-        f"{tests} comparison{'s'*(tests != 1)}, all of this table with a p-value. Empty: "
-        "not known.",
+        f"{tests} comparison{'s'*(tests != 1)}, all of this table with a p-value. "
+        "Empty: not known.",
         *_conditions(g)]
     return "\n".join(textwrap.fill(line, width) for line in lines)
 

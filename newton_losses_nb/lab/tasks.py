@@ -98,7 +98,7 @@ class Sorting(Settings):
     batch:int = entry(100, "Sets in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: small .01, cnn 3e-4",
                           positive)
-    lam:float|str = entry("auto", "Damping λ: number, typical (default rule), auto (v0.1)",
+    lam:float|str = entry("auto", "Damping λ: number, typical (default), auto (v0.1)",
                           damping_or_rule, command="typical")
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     tau:float|None = entry(None, "Temperature of neural_sort, soft_sort; default: .3",
@@ -235,7 +235,7 @@ class Paths(Settings):
     batch:int = entry(50, "Maps in a step", whole(1))
     lr:float|None = entry(None, "Learning rate of Adam; default: small 3e-3, resnet18 "
                           "5e-4", positive)
-    lam:float|str = entry(100., "Damping λ: number, typical (default rule), auto (v0.1)",
+    lam:float|str = entry(100., "Damping λ: number, typical (default), auto (v0.1)",
                           damping_or_rule, command="typical")
     max_norm:float = entry(1., "Largest gradient norm for clip and clip_grad", positive)
     network:str = entry("small", "small (CPU) or resnet18", one_of(*PATH_NETWORKS))
@@ -381,7 +381,7 @@ class Classification(Settings):
     lr:float|None = entry(None, "Learning rate of the plain loss; default: sgd .3, "
                           "adam 3e-3", positive)
     gain:float = entry(1., "Factor on lr, not for the method none", positive)
-    lam:float|str = entry(.1, "Damping λ: number, typical (default rule), auto (v0.1)",
+    lam:float|str = entry(.1, "Damping λ: number, typical (default), auto (v0.1)",
         damping_or_rule)
     max_norm:float = entry(0.1, "Largest gradient norm for clip, clip_grad", positive)
     pool:int = entry(2, "Shrink the digits by this factor", one_of(1, 2))
