@@ -70,12 +70,11 @@ class OutputLoss(nn.Module):
         functional = torch._C._are_functorch_transforms_active()
         wanted = getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not (functional or wanted): return self._plain(y, mask, args)
-        if functional:
-            self._check_gradients(args)
-            return _Send.apply(y, self, mask, *args)[0]
-        with torch.no_grad(): b, D, n = self._step(y, mask, args, self.training)
-        sent = _mean(b.loss.detach(), b), D/n
-        value = super(torch.autograd.Function, _Send).apply(y, sent)[0]
+        if functional: self._check_gradients(args)
+        base = _Send if functional else super(torch.autograd.Function, _Send)
+        value = base.apply(y, self, mask, *args)[0]
+        b = self.__dict__.pop("batch", None)
+        if functional: return value
         own = self._own(b, y, mask, args)
         if not own.requires_grad: return value
         own.register_hook(partial(_once, y=y))
@@ -263,19 +262,18 @@ def _once(D, y): return _Once.apply(D, y) if torch.is_grad_enabled() else D
 class _Send(_Once):
     "A value whose gradient at `y` is the direction over N"
     @staticmethod
-    def forward(y, loss, *args):
-        if isinstance(loss, tuple): return loss      # a value and a gradient
-        mask, *args = args
+    def forward(y, loss, mask, *args):
         b, D, n = loss._step(y, mask, args, remember=loss.training)
+        loss.__dict__["batch"] = b
         return _mean(b.loss.detach(), b), D/n
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        early = isinstance(inputs[1], tuple)         # y may be changed in place later
-        ctx.y, kept = (inputs[0], None) if early else (None, inputs[0])
-        ctx.save_for_backward(kept, output[1])
+        functional = torch._C._are_functorch_transforms_active()
+        ctx.y = None if functional else inputs[0]    # may be changed in place later
+        ctx.save_for_backward(inputs[0] if functional else None, output[1])
         ctx.others = [None]*(len(inputs) - 1)
 
     @staticmethod
