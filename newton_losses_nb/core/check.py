@@ -339,8 +339,8 @@ def _recommend(p):
     if samples == "mixed": return plain(
         ", once a sample's loss is made of its own arguments.")
     if samples == "leak": return plain(
-        ", until samples are independent: average outside the loss, or let a sample be "
-        "the group that belongs together.")
+        ", until samples are independent: average outside the loss, let a sample be the "
+        "group that belongs together, or let a solver stop for each sample.")
     if found["float32"] in ("non-finite value", "non-finite gradient"):
         if found["finite"] != "non-finite": return plain(
             ", in float64: in float32 the loss is not finite.")
