@@ -390,13 +390,14 @@ def _own(self:OutputLoss, b, y, mask, args):
     again, among = hasattr(f, "derivatives"), Group(self.group).size > 1
     wanted = [p for p in named(f, args) if p.requires_grad and p.is_leaf] if (
         again or among) else ()
-    if not wanted or not b.n.any():                  # processes want a gradient in all
-        nothing = [p.flatten()[:0].abs().sum() for p in wanted if among]
-        return sum(nothing) if nothing else loss
-    if again and self.learns[0] != (ids := [*map(id, wanted)]):
+    if among and wanted and not b.n.any():           # all processes want a gradient
+        return sum(p.flatten()[:0].abs().sum() for p in wanted)
+    ids = [*map(id, wanted)]
+    if again and ids not in ([], self.learns[0]) and b.n.any():
         with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
         self.learns = ids, learns                    # f may know self, and put it back
-    return self._plain(y, mask, args, self.taking) if again and self.learns[1] else loss
+    known = again and ids and self.learns[1]
+    return self._plain(y, mask, args, self.taking) if known else loss
 
 @patch
 def _check_gradients(self:OutputLoss, args):
