@@ -103,6 +103,10 @@ def queue():
     for r, seeds in product(("logistic", "cauchy"), (REPORTED, MORE)):
         for m in FIRST[r]: yield r, m, SHORT, seeds, {}
         yield r, "none", SHORT, seeds, bce
+    for seeds in (REPORTED, MORE): # Longer: the best control there, Newton, the default
+        for m, more in ("none", bce), ("fisher", {}), ("default", {}):
+            yield "logistic", m, LONG, seeds, more
+    for seeds in (REPORTED, MORE): yield "logistic", "none", LONG, seeds, {}
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
