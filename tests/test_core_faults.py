@@ -1383,6 +1383,25 @@ def test_a_first_call_that_tells_nothing_does_not_end_learning(first):
     assert_close(f.a.grad, f(y, t).mean().detach())
 
 
+def test_a_loss_that_names_nothing_is_looked_through_once(monkeypatch):
+    "The search is as long as a small step; parameters that are frozen, or of a copy, are found"
+    from newton_losses_nb.core import newton
+    looked, search = [], newton.named
+    monkeypatch.setattr(newton, "named", lambda f, args: looked.append(f) or search(f, args))
+    y, P = torch.randn(16, 3, requires_grad=True), true_permutation(torch.randn(16, 3))
+    loss = OutputLoss(SortingLoss("neural_sort"))
+    for _ in range(3): loss(y, P).backward()
+    other = copy.deepcopy(loss)
+    other(y, P).backward()
+    assert len(looked) == 1
+    loss.loss_fn = SortingLoss("soft_sort")
+    loss(y, P).backward()
+    assert len(looked) == 2
+    frozen = OutputLoss(ScaleLearner().requires_grad_(False))
+    for _ in range(3): frozen(y, y.detach()).backward()
+    assert len(looked) == 5
+
+
 @pytest.mark.parametrize("spoil", [False, True])
 @pytest.mark.parametrize("on_nonfinite", ["skip", "gradient", "raise"])
 def test_padding_is_no_sample_that_is_left_out(on_nonfinite, spoil):

@@ -387,17 +387,17 @@ def _own(self:OutputLoss, b, y, mask, args):
         if len(bad) and mask is not None: bad = bad & mask.any(-1)
         if not len(bad) or not bad.any(): return _mean(loss, b, n)
         return self._plain(y, mask, args, self.taking, loss.detach())
+    ids, learns = self.learns                        # [f]: it names no tensor at all
     again, among = hasattr(f, "derivatives"), Group(self.group).size > 1
-    wanted = [p for p in named(f, args) if p.requires_grad and p.is_leaf] if (
-        again or among) else ()
+    found = [*named(f, args)] if among or again and ids != [f] else ()
+    wanted = [p for p in found if p.requires_grad and p.is_leaf]
     if among and wanted and not b.n.any():           # all processes want a gradient
         return sum(p.flatten()[:0].abs().sum() for p in wanted)
-    ids = [*map(id, wanted)]
-    if again and ids not in ([], self.learns[0]) and b.n.any():
-        with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
-        self.learns = ids, learns                    # f may know self, and put it back
-    known = again and ids and self.learns[1]
-    return self._plain(y, mask, args, self.taking) if known else loss
+    now = [*map(id, wanted)] if found else [f]
+    if again and ids != now and b.n.any():
+        with unseen(f, args): learns = wanted and self._plain(y, mask, args).requires_grad
+        self.learns = now, learns                    # f may know self, and put it back
+    return self._plain(y, mask, args, self.taking) if wanted and learns else loss
 
 @patch
 def _check_gradients(self:OutputLoss, args):
