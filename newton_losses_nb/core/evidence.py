@@ -139,7 +139,7 @@ def size(self:Evidence) -> Float[Tensor, "*b"]:
 
 @patch(as_prop=True)
 def bound(self:Evidence) -> Float[Tensor, "*b"]:
-    "Factor on lengths, at most 1: 1 if many samples make the sum, less if one explodes"
+    "Factor on lengths: near 1 if many samples are alike, small if one explodes"
     square, tiny = self.square.sum(-1), torch.finfo(self.square.dtype).tiny
     N = nonzero(self.samples)
     typical, size = (self.roots/N)**4, (square/N).sqrt()

@@ -38,7 +38,7 @@ class OutputLoss(nn.Module):
         direction:Direction=Direction(), # What is sent back
         chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
         check:bool=True,                 # Check derivatives at first? (Not with "skip")
-        on_nonfinite:str="raise",        # At NaN: "raise", "skip", plain "gradient"
+        on_nonfinite:str="raise",        # If not finite: "raise", "skip", "gradient"
         group="auto",                    # Processes that share: "auto", a group, None
     ):
         super().__init__()
@@ -476,7 +476,7 @@ class NewtonLoss(OutputLoss):
         eigenvalues:str="raw",            # Negative ones of a Hessian: raw, abs, clip
         chunk_size:SupportsFloat|None=None, # Samples that are differentiated at a time
         check:bool=True,                 # Check derivatives at first? (Not with "skip")
-        on_nonfinite:str="raise",         # At NaN: "raise", "skip", plain "gradient"
+        on_nonfinite:str="raise",         # If not finite: "raise", "skip", "gradient"
         group="auto",                     # Processes that share: "auto", a group, None
     ):
         direction, eigenvalues = curvature, choice("eigenvalues", eigenvalues, SPECTRA)
@@ -561,7 +561,7 @@ def inject_fisher(
     lam:SupportsFloat|str|Callable="auto", # Damping λ: number, "auto", function
     reduction:str="mean",          # Of the loss that follows: "mean" or "sum"
     scale:SupportsFloat|Callable=1., # Factor on that loss, or a function that gives it
-    on_nonfinite:str="raise",      # At NaN: "raise", "skip", plain "gradient"
+    on_nonfinite:str="raise",      # If not finite: "raise", "skip", "gradient"
     group="auto",                  # Processes that share: "auto", a group, None
 ) -> Float[Tensor, "N m"]:         # `y`, unchanged
     "Give the loss that follows a Fisher Newton loss's gradient (paper, Algorithm 2)"
