@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Direction, FenchelYoungLoss, Fisher, Hessian, Krylov, MovingAverage,
     NewtonLoss, Noise, Normalize, OutputLoss, PerSample, Remembering, SmoothedAlgorithmLoss, SmoothedLoss,
-    SortingLoss, Whiten, Window, check_loss, inject_fisher, neural_sort, newton_direction, soft_sort, true_permutation, ClippedLoss, ScalarStepLoss)
+    SortingLoss, Whiten, Window, check_loss, inject_fisher, neural_sort, newton_direction, soft_sort, true_permutation, ClippedLoss, Scalar, ScalarStepLoss)
 from newton_losses_nb.core.derivatives import NonFiniteError
 from newton_losses_nb.core.adapters import per_sample, permutation_loss
 
@@ -793,8 +793,9 @@ def test_what_is_broken_is_not_remembered(direction):
     raising = OutputLoss(f, Remembering(direction, Window(3)))
     y = y.detach()
     y[0, 0] = 0
-    with raising.accumulated([(y,)]): pass
-    assert not raising.direction.memory.past
+    with pytest.raises(NonFiniteError, match="batches: expected finite derivatives of all samples"):
+        with raising.accumulated([(y,)]): pass
+    assert not raising.direction.memory.past and raising.shared is None
 
 
 def test_parameters_in_containers():
@@ -1458,3 +1459,206 @@ def test_trials_put_back_arguments_that_are_a_column():
     labels = torch.stack([torch.arange(12) % 3 + 1, torch.zeros(12, dtype=torch.long)], 1)[:, 0]
     OutputLoss(f, chunk_size=1)(torch.randn(12, 3, requires_grad=True), labels).backward()
     assert torch.equal(labels, torch.arange(12) % 3)
+
+
+quartic = lambda y, t: (y - t).pow(4).sum(1) + (y - t).sum(1).square()
+
+def sent_back(loss, y, *args):
+    y = y.detach().requires_grad_()
+    loss(y, *args).backward()
+    return y.grad
+
+def pair(seed=0, shape=(8, 4)): return torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("later", [Fisher(1e4), Whiten(10.), Hessian(10.), DiagonalHessian(4., probes=2)], ids=repr)
+@pytest.mark.parametrize("wrap", [PerSample, lambda d: Remembering(d, Window(1))], ids=["per sample", "remembering"])
+def test_a_direction_inside_another_can_be_replaced(wrap, later):
+    if wrap is not PerSample and later.second == "products": return
+    y, t = pair()
+    loss = OutputLoss(quartic, wrap(Fisher(.1)))
+    sent_back(loss, y, t)
+    loss.direction.direction = later
+    if wrap is not PerSample: loss.direction.reset()
+    assert_close(sent_back(loss, y, t), sent_back(OutputLoss(quartic, wrap(later)), y, t), rtol=1e-12, atol=0)
+    probed = OutputLoss(quartic, DiagonalHessian(4.))
+    probed.direction.probes = 2
+    assert_close(sent_back(probed, y, t), sent_back(OutputLoss(quartic, DiagonalHessian(4., probes=2)), y, t), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_a_refused_context_leaves_nothing_behind(width):
+    "Evidence of another kind of λ, or of another width, in `accumulated` with a memory"
+    y, t = pair()
+    loss = NewtonLoss(quartic, Remembering(Fisher(.1), Window(3)))
+    sent_back(loss, y, t)
+    loss.direction.direction.lam = "auto"
+    with pytest.raises(ValueError, match="memory: expected evidence like that remembered"):
+        with loss.accumulated([(y[:, :width], t[:, :width])]): pass
+    loss.direction.reset()
+    fresh = NewtonLoss(quartic, Remembering(Fisher(), Window(3)))
+    assert_close(sent_back(loss, 10*y, t), sent_back(fresh, 10*y, t), rtol=0, atol=0)
+    with loss.accumulated([(y, t)]): pass
+    assert len(loss.direction.memory.past) == 2
+
+
+@pytest.mark.parametrize("direction", [Fisher(), Whiten(), Hessian(), DiagonalFisher(), Normalize(), Scalar()], ids=repr)
+def test_a_gradient_without_a_square_does_not_end_training(direction):
+    "Finite itself; under \"skip\" it is left out, as what is not finite, and not remembered"
+    f, one, y = lambda y, s: s*y.square().sum(1), torch.ones(8).double(), pair()[0]
+    big = one.clone()
+    big[0] = 1e160
+    loss, other = (OutputLoss(f, Remembering(direction, MovingAverage(.5)), on_nonfinite="skip") for _ in range(2))
+    sent_back(loss, y, one)
+    found = sent_back(loss, y, big)
+    assert not found[0].any() and found[1:].any(1).all()
+    for _ in range(60): after, want = sent_back(loss, y, one), sent_back(other, y, one)
+    assert_close(after, want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("direction", [Fisher(), Hessian(), Whiten(), DiagonalFisher(), DiagonalHessian(), Krylov(max_iter=200)], ids=repr)
+def test_the_default_dtype_is_no_setting(direction):
+    scales = torch.tensor([1e3, 1, 1e-3, 1e-4]).double()
+    f, (y, t), mask = lambda y, t: ((y - t)*scales[:y.shape[1]]).square().sum(1), pair(shape=(9, 4)), torch.ones(9, 4, dtype=torch.bool)
+    mask[0, 3] = False
+    kinds = torch.float32, torch.float16, torch.bfloat16, torch.float64
+    def with_default(dtype):
+        torch.set_default_dtype(dtype)
+        try: return OutputLoss(f, direction).directions(y, t, mask=mask)[1]
+        finally: torch.set_default_dtype(torch.float32)
+    first, *others = map(with_default, kinds)
+    for o in others: assert_close(o, first, rtol=1e-7, atol=0)
+    alone = torch.ones(1, 4, dtype=torch.bool)
+    assert_close(OutputLoss(f, direction).directions(y[:1], t[:1], mask=alone)[1], OutputLoss(f, direction).directions(y[:1], t[:1])[1])
+
+
+class Rescaled(nn.Module):
+    "Follows the size of the errors, in place, and divides by it"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4).double())
+    def forward(self, y, t):
+        with torch.no_grad(): self.scale.lerp_((y - t).abs().mean(0), .1)
+        return ((y - t)/self.scale).square().sum(1)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("direction", [Hessian(.1), Krylov(.1), DiagonalHessian(.1), DiagonalHessian(.1, probes=2), PerSample(Hessian(.1))], ids=repr)
+def test_a_buffer_that_is_changed_in_place_and_used(direction, dtype):
+    (y, t), losses = pair().to(dtype), [Rescaled().to(dtype) for _ in range(2)]
+    checked, plain = (OutputLoss(f, direction, check=o) for f, o in zip(losses, (True, False)))
+    for _ in range(3): assert_close(sent_back(checked, y, t), sent_back(plain, y, t), rtol=0, atol=0)
+    assert torch.equal(losses[0].scale, losses[1].scale)
+
+
+@pytest.mark.parametrize("width", [1e-12, 1e-10, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_minimum_narrower_than_the_steps_of_the_check(dtype, width):
+    "The usual root of a square and a small number, some samples exactly at its minimum"
+    f = lambda y, t: ((y - t).square().sum(1) + width).sqrt()
+    t = torch.zeros(16, 3, dtype=dtype)
+    t[:12] = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros_like(t)
+    assert sent_back(NewtonLoss(f, "hessian"), y, t).isfinite().all()
+    class Half(torch.autograd.Function):             # the same, with half of its second derivative hidden
+        @staticmethod
+        def forward(ctx, x): ctx.save_for_backward(x); return x.square()
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g): return 2*g*ctx.saved_tensors[0]
+    hidden = lambda y, t: f(y, t) + Half.apply(y - t).sum(1)
+    with pytest.raises(ValueError, match="changes that autograd does not see"): sent_back(NewtonLoss(hidden, "hessian"), y, t)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_loss_in_half_precision_is_told_what_it_is_given(half):
+    layer = nn.Linear(4, 3).to(half)
+    loss = OutputLoss(lambda y, t: (layer(y) - t).square().sum(1), Fisher())
+    with pytest.raises(RuntimeError) as e: sent_back(loss, torch.randn(8, 4).to(half), torch.zeros(8, 3).to(half))
+    if hasattr(e.value, "add_note"): assert "keep it in float32" in e.value.__notes__[0]
+
+
+def test_a_tensor_that_a_loss_with_derivatives_of_its_own_computes_from():
+    "No leaf itself; the leaf behind it learns"
+    class Held(Own):
+        def __init__(self): self.b = torch.tensor(.3, requires_grad=True).double().detach().requires_grad_()
+        def __call__(self, y): return y.square().sum(-1)*self.a
+        def derivatives(self, y, *args, hessian=True):
+            self.calls = getattr(self, "calls", 0) + 1
+            return (self(y).detach(), 2*y*self.a.detach(), None)
+    f, y = Held(), pair()[0]
+    loss = OutputLoss(f, Fisher(1.))
+    for k in range(3):
+        f.a, f.b.grad = 2*f.b, None
+        sent_back(loss, y)
+        assert_close(f.b.grad, 2*y.square().sum(1).mean())
+
+
+@pytest.mark.parametrize("make", [lambda: Fisher(.1), lambda: Fisher(), lambda: Remembering(Fisher(.1), Window(2)), lambda: Hessian(.1)])
+def test_hooks_on_a_direction_run(make):
+    y, t = pair()
+    want, loss, seen = sent_back(OutputLoss(quartic, make()), y, t), OutputLoss(quartic, make()), []
+    loss.direction.register_forward_hook(lambda m, args, D: seen.append(m) or 2*D)
+    assert_close(sent_back(loss, y, t), 2*want)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("lam", [.1, 1e-9])
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Remembering(d, Window(2)), PerSample])
+def test_a_function_for_lam_is_called_once(lam, wrap):
+    called, (y, t) = [], pair()
+    loss = OutputLoss(quartic, wrap(Fisher(lambda square, eigenvalues: called.append(1) or lam)))
+    for k in range(3): sent_back(loss, y, t)
+    assert len(called) == 3
+    fixed = OutputLoss(quartic, wrap(Fisher(lam)))
+    for k in range(3): want = sent_back(fixed, y, t)
+    assert_close(sent_back(loss, y, t), want, rtol=1e-6, atol=0)
+
+
+class Diary:
+    "Counts, in every kind of thing"
+    def __init__(self): self.n, self.log, self.counts = 0, [], {}
+    def __call__(self, y, t):
+        self.n += 1
+        self.log.append(self.n)
+        self.counts["calls"] = self.counts.get("calls", 0) + 1
+        return quartic(y, t)
+    def method(self, y, t): return self(y, t)
+
+@pytest.mark.parametrize("given", [lambda o: o, lambda o: o.method, lambda o: functools.partial(o)], ids=["object", "method", "partial"])
+@pytest.mark.parametrize("options", [{}, dict(curvature="hessian"), dict(chunk_size=1)], ids=repr)
+def test_a_first_call_leaves_no_trace_in_a_plain_object(given, options):
+    found = []
+    for check in (True, False):
+        o, (y, t) = Diary(), pair()
+        sent_back(NewtonLoss(given(o), check=check, **options), y, t)
+        found.append((o.n, o.log, o.counts))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("direction", [Fisher(.1), Fisher(), Whiten(), Normalize(), Scalar(), DiagonalFisher(), Krylov(.1)], ids=repr)
+def test_what_is_not_finite_in_another_micro_batch_is_named(direction):
+    y, t = pair()
+    bad = y.clone()
+    bad[2, 1] = torch.nan
+    loss = OutputLoss(quartic, direction)
+    with pytest.raises(NonFiniteError, match="batches: expected finite derivatives"):
+        with loss.accumulated([(y, t), (bad, t)]): sent_back(loss, y, t)
+    assert loss.shared is None
+    for mode in ("skip", "gradient"):
+        with (skipping := OutputLoss(quartic, direction, on_nonfinite=mode)).accumulated([(y, t), (bad, t)]):
+            assert sent_back(skipping, y, t).isfinite().all()
+
+
+def test_injection_says_that_it_takes_one_gradient_at_a_time():
+    y, t = torch.randn(5, 3, requires_grad=True), torch.arange(5) % 3
+    injected = lambda y: F.cross_entropy(inject_fisher(y), t)
+    with pytest.raises(RuntimeError, match="one gradient at a time"): torch.func.jacrev(injected)(y.detach())
+    with pytest.raises(RuntimeError, match="one gradient at a time"): torch.autograd.grad(injected(y), y, torch.ones(2), is_grads_batched=True)
+    with pytest.raises(ValueError, match="scale: expected a finite number, got nan"): inject_fisher(y, scale=math.nan)
+
+
+def test_reports_on_saturated_losses_and_methods():
+    y, t = 10*torch.ones(16, 3), torch.rand(16, 3)
+    for f in (lambda y, t: ((50*y).tanh() - t).square().sum(1), lambda y, t: (y.clamp(-1, 1) - t).square().sum(1)):
+        for size in (1., .11): assert "saturated" in check_loss(f, size*y + t/100, t)["differentiable"].words
+    assert check_loss(Diary().method, torch.randn(16, 4), torch.randn(16, 4)).line.startswith("OutputLoss(loss_fn")

@@ -335,3 +335,18 @@ def test_clamped_loss_of_nan():
     assert_close(f(bad, T)[:3], f(s, T)[:3])
     assert_close(NewtonLoss(f, on_nonfinite="skip")(bad.requires_grad_(), T), f(s, T)[:3].mean())
     with pytest.raises(NonFiniteError, match="y: expected finite"): NewtonLoss(f)(bad, T)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "bce"])
+@pytest.mark.parametrize("relaxation", ["neural_sort", "soft_sort", "logistic", "gaussian"])
+def test_own_derivatives_have_any_leading_dimensions(relaxation, kind):
+    "And one dtype, float32 at least"
+    y, P = torch.randn(2, 3, 5), torch.eye(5)[torch.rand(2, 3, 5).argsort(-1)]
+    f = SortingLoss(relaxation, kind)
+    flat = f.derivatives(y.view(6, 5), P.view(6, 5, 5))
+    for x, T, shape in ((y, P, (2, 3)), (y[0, 0], P[0, 0], ()), (y[:0], P[:0], (0, 3))):
+        found = f.derivatives(x, T)
+        assert [o.shape for o in found] == [shape, (*shape, 5), (*shape, 5, 5)]
+        for a, b in zip(found, flat): assert_close(a.reshape(-1, *b.shape[1:]), b[:a[..., None].numel()//max(1, b[0].numel())])
+    assert [o.dtype for o in f.derivatives(y.bfloat16(), P)] == [torch.float32]*3
+    with pytest.raises(ValueError, match="P_true: expected"): f.derivatives(y, P[0])

@@ -239,3 +239,30 @@ def test_algorithms_that_are_no_mistake(algorithm):
     "Random, empty, of another type, not finite: not refused by the check of rows"
     y, noise = torch.rand(6, 3), Noise(.3, 4)
     SmoothedAlgorithmLoss(algorithm, lambda a: a.sum(1), noise).check_rows(y)
+
+
+@pytest.mark.parametrize("n_iter", [20, 40])
+def test_a_fixed_number_of_sweeps_takes_no_negative_cost(n_iter):
+    "However small it is, and where no path comes near it"
+    cost = torch.rand(4, 12, 12) + .5
+    cost[0, 0, 11], cost[1, 0, 11], cost[3, 11, 11] = -1e-7, -5., -torch.inf
+    cost[1, 0, 8:11] = cost[1, 1, 8:] = torch.inf
+    path = shortest_path(cost, n_iter)
+    assert path.flatten(1).isnan().all(1).tolist() == [True, True, False, True]
+    assert torch.equal(path[2], shortest_path(cost[2]))
+
+def test_an_expensive_start_hides_no_regret():
+    cost, detour = torch.ones(3, 4), torch.tensor([[1., 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 1]])
+    cost[0, 0] = 1e8
+    assert regret(cost, detour) == 1 and not cost_optimality(cost, detour, rel=0.)
+    assert cost_optimality(cost, detour, rel=1e-7) and cost_optimality(cost, shortest_path(cost), rel=0.)
+    cost[1, 0] = torch.inf
+    assert regret(cost, detour) == torch.inf and not cost_optimality(cost, detour)
+
+def test_what_is_no_grid():
+    flat, cost = torch.ones(9), torch.rand(3, 3)
+    for f in (regret, path_cost, exact_path_match):
+        with pytest.raises(ValueError, match=r"expected shape \(..., H, W\), got \(9,\)"): f(flat, flat)
+    with pytest.raises(ValueError, match=r"path: expected shape \(N, ...\), got \(\)"): path_loss(*[torch.tensor(1.)]*2)
+    with pytest.raises(ValueError, match="rel: expected a finite number, at least 0, got 'x'"): cost_optimality(cost, cost.round(), rel="x")
+    with pytest.raises(ValueError, match=r"path: expected the shape of cost, \(3, 3\), got \(2, 2\)"): regret(cost, torch.ones(2, 2))

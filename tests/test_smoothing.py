@@ -193,3 +193,50 @@ def test_blackbox_of_a_solver_with_whole_numbers(dtype):
         assert_close(loss.derivatives(y.detach(), torch.eye(4)[:3], hessian=False)[1], y.grad)
     assert_close(*found)
     assert found[0][1].any()
+
+
+HALF = torch.float32, torch.bfloat16, torch.float16
+
+def nearest(c): return torch.nn.functional.one_hot(c.argmin(-1), 2).to(c)
+def above(u): return (u[:, 0] > 4.005).to(u)
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("distribution", ["gaussian", "gumbel"])
+def test_half_precision_keeps_the_noise(dtype, distribution):
+    "Noise far below the spacing of bfloat16 at these costs: as in float64, with the same noise"
+    e = draw_noise(torch.zeros(500, 2, dtype=torch.float64), Noise(1., 60, distribution, generator=torch.Generator().manual_seed(1)))
+    e = (256*e).round()/256                          # sums that float32 holds exactly
+    def noise(dtype): return Noise(2**-8, distribution=distribution, fixed=e.to(dtype))
+    wide, y, t = torch.float64, torch.full((500, 2), 4.), torch.tensor([[0., 1.]]).expand(500, 2)
+    losses = {"fenchel_young": lambda d: (FenchelYoungLoss(nearest, noise(d)), y, t),
+              "smoothed": lambda d: (SmoothedLoss(above, noise(d)), y),
+              "algorithm": lambda d: (SmoothedAlgorithmLoss(nearest, lambda w, t: (w - t).square().sum(1), noise(d)), y, t)}
+    for make in losses.values():
+        f, y_, *args = make(wide)
+        want = f.derivatives(y_.to(wide), *args), f(y_.to(wide), *args)
+        f, y_, *args = make(torch.float32)
+        got = f.derivatives(y_.to(dtype), *args)
+        assert {o.dtype for o in got} == {torch.float32}
+        for a, b in zip((*got, f(y_.to(dtype), *args)), (*want[0], want[1])): assert_close(a.double(), b, rtol=1e-4, atol=1e-4*b.abs().max().item())
+        x = y_.to(dtype).requires_grad_()
+        g, = torch.autograd.grad(f(x, *args).sum(), x)
+        assert g.dtype == dtype
+        assert_close(g.double(), want[0][1], rtol=1e-2, atol=1e-2*float(want[0][1].abs().max()))
+
+def test_a_fenchel_young_loss_under_autocast():
+    y, t, e = torch.rand(20, 9) + 1, torch.rand(20, 9).round(), torch.randn(20, 10, 9)
+    f = FenchelYoungLoss(lambda c: (c < 1.5).to(c), Noise(.3, fixed=e))
+    with torch.autocast("cpu", torch.bfloat16): found = f(y, t)
+    assert torch.equal(found, f(y, t))
+
+def test_a_solver_that_interpolates_in_half_precision():
+    "The solver sees the moved costs, and not what bfloat16 makes of them"
+    seen = []
+    def solver(c): seen.append(c); return nearest(c)
+    y = torch.tensor([[4., 4.0156]]).bfloat16().requires_grad_()
+    blackbox(solver, y, .01).backward(torch.tensor([[1., 0.]]))
+    assert seen[1].dtype == torch.float32 and seen[1][0, 0].item() == pytest.approx(4.01)
+
+@pytest.mark.parametrize("make", [lambda: FenchelYoungLoss(3), lambda: FenchelYoungLoss(None, Noise())])
+def test_a_solver_that_is_no_function(make):
+    with pytest.raises(TypeError, match="solver: expected a function of costs, got"): make()

@@ -165,6 +165,7 @@ def _ask_gradient(p):
     said = "autograd sees nothing (numpy, detach or no_grad?)"
     try:
         if p.gradient(p.y).any(): return
+        said = "its gradient is zero (saturated at these outputs, or detached?)"
     except Exception as e:
         if "expected values that depend on y" not in str(e): said = _said(e)
     step, at = _natural_step(p.y), p.values(p.y)
@@ -172,7 +173,8 @@ def _ask_gradient(p):
     if any((x != at).any() for x in moved): return _fatal(
         f"values change with y, but {said}; of a black box SmoothedLoss(loss_fn) makes "
         "a loss with a gradient", "detached")
-    return _fatal("constant: the values do not change with y", "constant")
+    return _fatal("constant: the values do not change with y (saturated there?)",
+                  "constant")
 
 def _ask_finite(p):
     value, p.G = p.values(p.y).isfinite(), p.gradient(p.y)
@@ -339,8 +341,8 @@ def _recommend(p):
     if samples == "mixed": return plain(
         ", once a sample's loss is made of its own arguments.")
     if samples == "leak": return plain(
-        ", until samples are independent: average outside the loss, let a sample be the "
-        "group that belongs together, or let a solver stop for each sample.")
+        ", until samples are independent: average outside the loss, let a sample be "
+        "the group that belongs together, or let a solver stop for each sample.")
     if found["float32"] in ("non-finite value", "non-finite gradient"):
         if found["finite"] != "non-finite": return plain(
             ", in float64: in float32 the loss is not finite.")
@@ -394,7 +396,8 @@ class LossReport:
 
     def _call(self, make, options):
         name = getattr(self.loss_fn, "__name__", "")
-        name = name if name.isidentifier() else "loss_fn"
+        plain = name.isidentifier() and not hasattr(self.loss_fn, "__self__")
+        name = name if plain else "loss_fn"          # of a method no name can be pasted
         options = "".join(f", {k}={v!r}" for k, v in options.items())
         return f"{make.__name__}({name}{options})"
 

@@ -59,7 +59,12 @@ def sample_losses(
     mask:Bool[Tensor, "N m"]|None=None, # True: a real output; None: all are
 ) -> Float[Tensor, "N"]:    # One loss per sample
     "Call a per-sample loss and check that it is one"
-    loss = loss_fn(y, *args) if mask is None else _Padded(loss_fn, mask)(y, *args)
+    try: loss = loss_fn(y, *args) if mask is None else _Padded(loss_fn, mask)(y, *args)
+    except RuntimeError as e:
+        half = {p.dtype for p in named(loss_fn, args)} & {torch.half, torch.bfloat16}
+        if half and hasattr(e, "add_note"): e.add_note(
+            "loss_fn: it is given float32 for half precision; keep it in float32")
+        raise
     shape = getattr(loss, "shape", None)
     known = isinstance(loss, Tensor) and shape == y.shape[:1]
     if known and not loss.is_complex(): return loss
@@ -131,6 +136,7 @@ def _states(f, args, limit=10_000):
     "What reads and what sets each generator, module's state and argument of `f`"
     yield from _contents(args)
     seen, todo, kinds = set(), [f, args, random._inst], (random.Random,)
+    own = f, getattr(f, "__self__", f), getattr(f, "func", f)
     closed = (type, ModuleType, Tensor, str, bytes, int, float, random.SystemRandom,
               *weakref.ProxyTypes)
     if np := sys.modules.get("numpy"):
@@ -143,11 +149,15 @@ def _states(f, args, limit=10_000):
         todo += gc.get_referents(o)[:1000]
         if isinstance(o, FunctionType):
             todo += [o.__globals__.get(name) for name in o.__code__.co_names]
-        if o is f or isinstance(o, nn.Module):
+        if isinstance(o, nn.Module) or any(o is x for x in own):
             for d in (getattr(o, k, None) for k in ("__dict__", "_buffers")):
                 if not isinstance(d, dict): continue # as in a scripted module
                 yield d.copy, partial(_refill, d)
                 yield from _contents(d.values())
+                for v in d.values():
+                    if type(v) is dict: yield v.copy, partial(_refill, v)
+                    if type(v) is list:
+                        yield v.copy, partial(v.__setitem__, slice(None))
         if isinstance(o, torch.Generator): yield o.get_state, o.set_state
         if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
@@ -222,7 +232,7 @@ def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
     return ((bits >> 13) % 2*2 - 1).to(like)
 
 # %% ../../nbs/core/01_derivatives.ipynb #0130420f
-def _check_second(loss_fn, y, args, G, products):
+def _check_second(loss_fn, y, args):
     "Raise if differences of gradients show curvature that autograd does not see"
     y, length = y.detach(), lambda x: x.norm(dim=1)
     far, info = y.square().mean().sqrt(), torch.finfo(y.dtype)
@@ -234,26 +244,24 @@ def _check_second(loss_fn, y, args, G, products):
     def gradient(x):
         return torch.autograd.grad(loss_fn(x.requires_grad_(), *like(x)).sum(), x)[0]
     def changes(x):
-        h, at = torch.finfo(x.dtype).eps**(1/3), gradient(x)
+        _, at, products = derivatives(loss_fn, x, *like(x), second="products",
+                                      check=False)
+        seen, h = products(v[None])[0], torch.finfo(x.dtype).eps**(1/3)
         sides = [[(gradient(x + k*v) - at)/k for k in (o, -o)] for o in (h, 2*h)]
         once, twice = ((ahead + behind)/2 for ahead, behind in sides)
         kink = length(sides[0][0] - sides[0][1])
-        return once, length(twice - once) + kink, 1e2*h**2*length(G)
+        return once, seen, length(twice - once) + kink, 1e2*h**2*length(at)
     with unseen(loss_fn, args):
-        try:
-            wide, most = y.double(), .01
-            once, doubt, noise = changes(wide)
-            if y.dtype != wide.dtype: products = derivatives(
-                loss_fn, wide, *like(wide), second="products", check=False)[2]
+        try: most, (once, seen, doubt, noise) = .01, changes(y.double())
         except Exception:                            # large steps, across many kinks
-            most, (once, doubt, noise) = .5, changes(y)
-        seen = products(v[None])[0].to(once)
-    size = length(seen).maximum(length(once))
-    doubt = doubt.maximum(doubt.nanmedian()) + noise + size.amax()*1e-6
+            most, (once, seen, doubt, noise) = .5, changes(y)
+    size, settled = length(seen).maximum(length(once)), 4*doubt < length(once)
+    largest = size.where(settled, 0).amax()
+    doubt = doubt.maximum(doubt.nanmedian()) + noise + largest*1e-6
     doubt = doubt + length(v)*info.tiny*1e6          # tails that y's type does not hold
     doubt = doubt + size*info.eps**.5
     off = (seen - once).abs() > seen.abs().maximum(once.abs())/10 + 5*doubt[:, None]
-    off = off.any(1) & once.any(1)                   # else an estimate
+    off = off.any(1) & settled          # else an estimate, or narrower than the steps
     if off.sum() > most*len(y): raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient "
         "has changes that autograd does not see (once_differentiable, detach, numpy?); "
@@ -309,6 +317,7 @@ def derivatives(
             return _own(loss_fn, y, args, second)
         y, *args = [a.clone() if isinstance(a, Tensor) and a.is_inference() else a
                     for a in (y.detach(), *args)]
+        if check and second and len(y): _check_second(loss_fn, y, args)
         loss, G = sample_losses(loss_fn, y.requires_grad_(), *args), None
         if loss.requires_grad: G, = torch.autograd.grad(
             loss, y, torch.ones_like(loss), True, bool(second), allow_unused=True)
@@ -316,7 +325,6 @@ def derivatives(
                                        "values that do not (a detach inside?)")
         if check and len(y) > 1: _check_independent(loss, G, y)
         H = second and partial(_products, G, y)
-        if check and second and len(y): _check_second(loss_fn, y, args, G.detach(), H)
         if second in ("full", "diagonal"):
             E = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None]
             some = {"keep": lambda v, P: (v*P).sum(-1)} if second == "diagonal" else {}

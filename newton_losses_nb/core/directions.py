@@ -98,8 +98,9 @@ class Fisher(Damped):
         return fisher_step(e, G, lam, found[1])
 
     def quick(self, e, G, mask=None):
-        known = type(self) is Fisher and self.power == 1 and mask is None
-        if self.lam == "auto" or not known: return self(e, G, mask)
+        plain = type(self) is Fisher and self.power == 1 and mask is None
+        known = not (callable(self.lam) or self.lam == "auto")
+        if not (plain and known): return self(e, G, mask)
         lam, _ = damping(self.lam, e)
         lam = lam.where(G.shape[-1]*e.mean_square < 1e5*lam, torch.nan)
         return fisher_step(e, G, lam, K=gram(e.mean))
@@ -156,14 +157,14 @@ class DiagonalFisher(Damped):
 # %% ../../nbs/core/04_directions.ipynb #5c7bce23
 class DiagonalHessian(Damped):
     "The Hessian step with the diagonal of the mean Hessian only"
-    second, diagonal = "diagonal", True
+    diagonal = True
+    second = property(lambda self: "products" if self.probes else "diagonal")
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  eigenvalues:str="raw",    # Negative ones: raw, abs or clip
                  probes:SupportsFloat|None=None):  # Random vectors; None: m products
         super().__init__(lam)
         self.eigenvalues = choice("eigenvalues", eigenvalues, SPECTRA)
         self.probes = count("probes", probes)
-        if self.probes: self.second = "products"
 
     def observe(self, b):
         c = b.H
@@ -184,7 +185,9 @@ class PerSample(Direction):
         sums = isinstance(direction, Direction) and direction.shares
         if not sums or direction.memory: raise TypeError(
             f"direction: expected one that remembers nothing, got {direction!r}")
-        self.direction, self.second = direction, direction.second
+        self.direction = direction
+
+    second = property(lambda self: self.direction.second)
 
     def observe(self, b):
         own = [x.unsqueeze(b.G.ndim - 1) if isinstance(x, Tensor) else x for x in b]

@@ -93,11 +93,12 @@ class Remembering(Direction):
                             f"batches, got {direction!r}")
         if not isinstance(memory, _Memory): raise TypeError(
             f"memory: expected a Window or a MovingAverage, got {memory!r}")
-        self.direction, self.second = direction, direction.second
-        self.quick = direction.quick if type(self) is Remembering else None
-        self.memory = memory
+        self.direction, self.memory = direction, memory
 
     memory = property(lambda self: self._modules["memory"])
+    second = property(lambda self: self.direction.second)
+    quick = property(lambda self: self.direction.quick if type(self) is Remembering
+                     else None)
 
     def reset(self):
         "Forget everything"

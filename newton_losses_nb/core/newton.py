@@ -128,9 +128,11 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
 @patch
 def _remember(self:OutputLoss, e, past):
     "Keep what is remembered, unless some number is not finite (none is with \"skip\")"
-    sums = sum(x.sum() for x in (e.square, e.total) if x is not None)
-    fine = self.on_nonfinite == "skip" or math.isfinite(sums)
-    if fine: self.direction.memory.keep(past)
+    if self.on_nonfinite == "skip" or _is_finite(e): self.direction.memory.keep(past)
+
+def _is_finite(e):
+    e = getattr(e, "sums", e)
+    return math.isfinite(sum(x.sum() for x in (e.square, e.total) if x is not None))
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
 @patch
@@ -173,11 +175,12 @@ def _batch(self:OutputLoss, y, mask, args, own):
     loss, G, H = derivatives(self.loss_fn, y, *args, second=second, mask=mask,
                              check=not self.checked, detach=False)
     if guard:
-        fine = fine & loss.isfinite().unsqueeze(-1) & G.isfinite().all(-1, keepdim=True)
+        near = lambda x: x.double().abs() < 1e150    # not NaN, and has a square
+        fine = fine & loss.isfinite().unsqueeze(-1) & near(G).all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and second:
             signs = random_signs(1, y).expand(1, *y.shape)
             known = H if isinstance(H, Tensor) else H(signs)[0]
-            fine = fine & known.isfinite().flatten(1).all(-1, keepdim=True)
+            fine = fine & near(known).flatten(1).all(-1, keepdim=True)
         mask, G = fine.expand_as(G) if mask is None else mask & fine, G.where(fine, 0)
         if isinstance(H, Tensor): H = H.where(fine.view(-1, *[1]*(H.ndim - 1)), 0)
     if not self.judged:                              # by two samples of one size
@@ -211,7 +214,9 @@ def _directions(self:OutputLoss, e, b, mask, y):
     raises, find = self.on_nonfinite == "raise", self.direction
     kind = torch.promote_types(y.dtype, torch.float32)    # in which they are sent
     if not b.G.shape[-2] and find.second != "products": return b.G  # all share in those
-    for find in (find.quick, find) if raises and find.quick else (find,):
+    hooked = find._forward_hooks or find._forward_pre_hooks
+    quick = raises and not hooked and find.quick
+    for find in (quick, find) if quick else (find,):
         D = find(e, b.G, mask)
         if b.weight is not None: D = D.where(b.weight > 0, 0)
         sent = D.to(kind)
@@ -390,12 +395,14 @@ def _own(self:OutputLoss, b, y, mask, args):
     ids, learns = self.learns                        # [f]: it names no tensor at all
     again, among = hasattr(f, "derivatives"), Group(self.group).size > 1
     found = [*named(f, args)] if among or again and ids != [f] else ()
-    wanted = [p for p in found if p.requires_grad and p.is_leaf]
-    if among and wanted and not b.n.any():           # all processes want a gradient
-        return sum(p.flatten()[:0].abs().sum() for p in wanted)
-    now = [*map(id, wanted)] if found else [f]
+    wanted = [p for p in found if p.requires_grad]
+    leaves = [p for p in wanted if p.is_leaf]
+    if among and leaves and not b.n.any():           # all processes want a gradient
+        return sum(p.flatten()[:0].abs().sum() for p in leaves)
+    now = [*map(id, leaves), len(wanted)] if found else [f]
     if again and ids != now and b.n.any():
-        with unseen(f, args): learns = wanted and self._plain(y, mask, args).requires_grad
+        with unseen(f, args):
+            learns = bool(wanted) and self._plain(y, mask, args).requires_grad
         self.learns = now, learns                    # f may know self, and put it back
     return self._plain(y, mask, args, self.taking) if wanted and learns else loss
 
@@ -449,12 +456,13 @@ def accumulated(
     def alike(e):
         square = getattr(e, "sums", e).square        # none of a control without sums
         return getattr(square, "shape", ()), len(getattr(memory, "past", ()))
-    with torch.no_grad():
-        self.shared = group.together(add, alike=alike).pooled(group)
+    with torch.no_grad(): shared = group.together(add, alike=alike).pooled(group)
+    if self.on_nonfinite == "raise" and not _is_finite(shared): raise NonFiniteError(
+        "batches: expected finite derivatives of all samples, got some that are not")
     if memory:
-        self.shared, past = group.together(partial(memory, self.shared))
-        if self.training: self._remember(self.shared, past)
-    self.padded = masks is not None
+        shared, past = group.together(partial(memory, shared))
+        if self.training: self._remember(shared, past)
+    self.shared, self.padded = shared, masks is not None
     try: yield self
     finally: self.shared = None
 
@@ -582,6 +590,11 @@ def inject_fisher(
     if on_nonfinite == "raise":
         team.together(partial(_explain, y, Batch(y, y, None), None, y), y.device)
     def turned(g):
+        functorch = torch._C._functorch
+        batched = functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)
+        if batched: raise RuntimeError(
+            "inject_fisher sends back one gradient at a time, not a batch of them "
+            "(jacrev, is_grads_batched); use NewtonLoss there")
         with torch.no_grad():
             s = team.together(factor, g.device)
             G = widened(g)/s

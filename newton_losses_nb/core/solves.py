@@ -28,8 +28,9 @@ def auto_damping(
     "λ of the samples, and the factor that gives a direction its length"
     share, spread = e.share, e.fourths if e.spread is None else e.spread
     noise = (spread/total - share)/(1. - share)  # β²/‖C‖², where δ²/‖C‖² = 1 − even
-    ratio, most = noise/(1. - even - noise).clamp_min(0), 10.**(6*(share < 1.))
-    lam = mu*ratio.nan_to_num(1e6).clamp(1/most, most).clamp_min(least)
+    ratio = noise/(1. - even - noise).clamp_min(0)
+    ratio = ratio.nan_to_num(1e6).clamp(1e-6, 1e6)**(share < 1.)   # 1 for one sample
+    lam = mu*ratio.clamp_min(least)
     lam = lam.clamp_min(1e-150)                  # without curvature any λ: the gradient
     lam = typical(lam) if typical else mu + lam
     length = mu + lam if power == 1 else (mu + lam)**power
@@ -83,9 +84,10 @@ def number(name:str, x, low=0., high=torch.inf, whole:bool=False) -> float|int:
     value = float(x) if fixed else torch.nan
     if low <= value < high and not (whole and value % 1):
         return int(value) if whole else value
+    least = f", at least {low:g}" if low > -torch.inf else ""
     below = f" and below {high:g}" if high < 2**53 or value >= high else ""
-    raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, "
-                     f"at least {low:g}{below}, got {x!r}")
+    raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number"
+                     f"{least}{below}, got {x!r}")
 
 def count(name:str, x) -> int|None:
     "A setting `x` as a whole number above zero, or None, or an error with its name"

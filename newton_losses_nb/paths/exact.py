@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..core.derivatives import check_same_shape, kind_of, widened
-from ..core.solves import count
+from ..core.solves import count, number
 
 # %% ../../nbs/paths/00_exact.ipynb #80072686
 def _sweep(cost, d, col, best, n):
@@ -147,7 +147,7 @@ class _Mapped(torch.autograd.Function):
 # %% ../../nbs/paths/00_exact.ipynb #4a3ce941
 def _solve_fixed(cost, n_iter):
     d, settled = _distances(cost, n_iter)
-    settled &= d[1:, -2, -2].isfinite()
+    settled &= d[1:, -2, -2].isfinite() & (cost >= 0).flatten(1).all(1)
     i, j = (torch.arange(n, device=d.device, dtype=d.dtype) for n in cost.shape[1:])
     easy = F.pad(torch.maximum(i[:, None], j), (1, 1, 1, 1), value=torch.inf)
     d[1:] = torch.where(settled[:, None, None], d[1:], easy)
@@ -190,6 +190,7 @@ def path_cost(
     path:Shaped[Tensor, "*batch H W"], # 1 on the path, 0 elsewhere
 ) -> Float[Tensor, "*batch"]:          # Sum of the costs on the path
     "What a path costs, in float32 at least"
+    check_grid("cost", cost, floating=False)
     check_same_shape("path", path, "cost", cost)
     beside = (path == 0) & cost.isinf()
     return (widened(cost)*widened(path)).masked_fill(beside, 0).sum((-2, -1))
@@ -198,7 +199,8 @@ def exact_path_match(
     path:Shaped[Tensor, "*batch H W"],   # Predicted path
     target:Shaped[Tensor, "*batch H W"], # True path
 ) -> Bool[Tensor, "*batch"]:             # Is every cell the same?
-    "Whether two paths are the same"
+    "Whether two paths are the same; (N, H·W) would be one map"
+    check_grid("path", path, floating=False)
     check_same_shape("path", path, "target", target)
     return (widened(path) - widened(target)).abs().sum((-2, -1)) < 0.5
 
@@ -224,7 +226,8 @@ def regret(
     path:Shaped[Tensor, "*batch H W"], # Predicted path
 ) -> Float[Tensor, "*batch"]:          # At least 0 for a path, in the unit of `cost`
     "What a predicted path costs more than the cheapest one"
-    return path_cost(cost, path) - path_cost(cost, shortest_path(cost))
+    check_same_shape("path", path, "cost", cost)
+    return path_cost(cost, widened(path) - widened(shortest_path(cost)))
 
 def cost_optimality(
     cost:Float[Tensor, "*batch H W"],  # True costs
@@ -232,5 +235,5 @@ def cost_optimality(
     rel:float=1e-3,  # Accepted excess, as a fraction of the best path's
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
-    spent, best = path_cost(cost, path), path_cost(cost, shortest_path(cost))
-    return is_valid_path(path) & (spent - best <= rel*best)
+    most = number("rel", rel)*path_cost(cost, shortest_path(cost))
+    return is_valid_path(path) & (regret(cost, path) <= most)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..core.derivatives import (
-    check_outputs, check_same_shape, of_samples, unseen)
+    check_outputs, check_same_shape, of_samples, unseen, widened)
 from ..core.solves import choice, number, positive
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #48d03df3
@@ -109,7 +109,8 @@ def draw_noise(
     "Standard noise for each sample of a batch: new, or `noise.fixed`"
     check_noise(noise)
     check_outputs(y)
-    n, m, x, g = len(y), math.prod(y.shape[1:]), noise.fixed, noise.generator
+    y, x, g = widened(y), noise.fixed, noise.generator
+    n, m = len(y), math.prod(y.shape[1:])
     if x is not None:
         if x.shape[-1] != m or x.ndim == 3 and len(x) != n: raise ValueError(
             f"fixed: expected shape ({n}, S, {m}) or (S, {m}), got {tuple(x.shape)} "
@@ -191,6 +192,8 @@ class FenchelYoungLoss(AsCode):
 
     def __post_init__(self):
         check_noise(self.noise)
+        if not callable(self.solver): raise TypeError(
+            f"solver: expected a function of costs, got {self.solver!r}")
         self.floor = checked_floor(self.floor)
 
     def check_rows(self, y, *args):
@@ -206,12 +209,13 @@ def raised(costs, floor): return costs if floor is None else costs.clamp(min=flo
 def _differences(self:FenchelYoungLoss, y, y_true):
     "Loss, gradient, gradients of the noisy copies minus the baseline, the noise"
     check_same_shape("y_true", y_true, "y", y)
+    y = widened(y)
     e, y_true = draw_noise(y, self.noise), y_true.detach().to(y.dtype)
     at_y = y.detach().flatten(1)[:, None]
     costs = torch.add(at_y, e, alpha=self.noise.sigma)
     seen = raised(costs, self.floor)
     g = self._difference(seen, y_true)
-    loss = torch.linalg.vecdot(g.flatten(1), seen.flatten(1))/e.shape[1]
+    loss = (g*seen).sum((1, 2))/e.shape[1]
     if self.floor is not None: g = g*(costs > self.floor)
     at_y = raised(at_y, self.floor)
     centred = minus_baseline(

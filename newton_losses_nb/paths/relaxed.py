@@ -183,6 +183,7 @@ def path_loss(
 ) -> Float[Tensor, "N"]:            # One loss per sample
     "How far paths are from the true ones"
     check_same_shape("path", path, "target", target)
+    if not path.ndim: raise ValueError("path: expected shape (N, ...), got ()")
     choice("kind", kind, ("l1", "l2")), choice("reduction", reduction, ("mean", "sum"))
     path = widened(path)
     diff = (path - target.to(path.dtype)).unsqueeze(1).flatten(1)

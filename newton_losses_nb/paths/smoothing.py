@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.derivatives import (
-    check_same_shape, derivatives as derivatives_of, sample_losses)
+    check_same_shape, derivatives as derivatives_of, sample_losses, widened)
 from ..core.solves import positive
 from .fenchel_young import (
     AsCode, FenchelYoungLoss, Noise, call, check_noise, check_rows, check_tensor,
@@ -32,7 +32,7 @@ def smoothed_algorithm(
 
 def _sample(name, algorithm, y, noise, args=()):
     "Results `(N, S, ...)` at noisy points, those minus the baseline, the noise"
-    e = draw_noise(y, noise)
+    e, y = draw_noise(y, noise), widened(y)
     def at(moves): return call(name, algorithm, y.detach()[:, None] + moves, args)
     f = at((noise.sigma*e).unflatten(2, y.shape[1:]))
     centred = minus_baseline(f, noise, lambda: at(0)[:, 0])
@@ -146,7 +146,8 @@ def blackbox(
     floor:float|None=1e-3,    # Least cost for the solver; others are raised
 ) -> Float[Tensor, "N ..."]:  # The exact solutions, with a gradient
     "Solve, and differentiate by solving once more (Vlastelica et al., ICLR 2020)"
-    return _Blackbox.apply(y, solver, positive("lam", lam), checked_floor(floor))
+    lam, floor = positive("lam", lam), checked_floor(floor)
+    return _Blackbox.apply(widened(y), solver, lam, floor)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #5ae574f0
 @dataclass(eq=False, repr=False)

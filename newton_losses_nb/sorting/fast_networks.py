@@ -285,10 +285,10 @@ def network_derivatives(
     L, kept = _log_forward(x, *settings)
     loss, G = ranking_gradient(L.transpose(0, 1), T, kind)
     Y, more = _log_backward(G, kept, *settings, 2 if hessian else 1)
-    loss, Y = loss.reshape(shape[:-1]).to(dtype), Y.reshape(shape).to(s.dtype)
+    loss, Y = loss.reshape(shape[:-1]).to(dtype), Y.reshape(shape).to(dtype)
     if not hessian: return loss, Y, None
     H = _hessian(L, T.transpose(0, 1), kind, kept[0], more, *settings)
-    return loss, Y, H.reshape(*shape, n).to(s.dtype)
+    return loss, Y, H.reshape(*shape, n).to(dtype)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #878fcab7
 def _hessian(L, T, kind, C, more, network, relaxation, steepness):

@@ -159,17 +159,17 @@ def _derivatives(self:SortingLoss, s, P_true, hessian:bool=True) -> tuple:
         return network_derivatives(s, P_true, self.kind, self.network, self.relaxation,
                                    self.steepness, hessian)
     z = centred(s, 1/self.tau)
-    n = z.shape[-1]
-    check_ranking((*z.shape, n), P_true, self.kind, z.device)
+    *lead, n = z.shape
+    check_ranking((*lead, n, n), P_true, self.kind, z.device)
     if n == 1:
         G = torch.zeros_like(z)
         return self(s.detach(), P_true), G, G.unsqueeze(-1) if hessian else None
     core = _fused(_SOFTMAX[self.relaxation]) if self.fuse else _SOFTMAX[self.relaxation]
-    T = P_true.to(z.dtype).permute(1, 2, 0).contiguous()
-    loss, G, H = core(z.mT.contiguous(), T, _ROWS[self.kind], hessian)
+    T = P_true.to(z.dtype).reshape(-1, n, n).permute(1, 2, 0).contiguous()
+    loss, G, H = core(z.reshape(-1, n).mT.contiguous(), T, _ROWS[self.kind], hessian)
     entries = n if self.kind == "cross_entropy" else n*n
-    H = H.permute(2, 0, 1)/(entries*self.tau**2) if hessian else None
-    return loss/entries, G.mT/(entries*self.tau), H
+    if hessian: H = (H.permute(2, 0, 1)/(entries*self.tau**2)).view(*lead, n, n)
+    return (loss/entries).view(lead), (G.mT/(entries*self.tau)).view(z.shape), H
 
 # %% ../../nbs/sorting/03_losses.ipynb #fab073be
 def exact_match(
@@ -188,6 +188,7 @@ def element_match(
 
 def _same_place(scores, labels):
     check_same_shape("labels", labels, "scores", scores)
+    if not scores.ndim: raise ValueError("scores: expected shape (..., n), got ()")
     for name, x in (("scores", scores), ("labels", labels)):
         nan = int(x.isnan().sum())
         if nan: raise NonFiniteError(f"{name}: expected numbers, got {nan} NaN")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.derivatives import widened
+from ..core.derivatives import check_same_shape, widened
 from ..core.solves import number, positive
 from .relaxations import centred, log_sigmoid, neural_logits
 
@@ -77,8 +77,7 @@ def rank_loss(
     ranks_true:Float[Tensor, "*batch n"], # True ranks
 ) -> Float[Tensor, "*batch"]:             # One loss per sample
     "Mean squared distance of ranks from the true ones, per sample"
-    if ranks.ndim == 0 or ranks.shape != ranks_true.shape: raise ValueError(
-        f"ranks_true: expected the shape of ranks, (..., n), here "
-        f"{tuple(ranks.shape)}, got {tuple(ranks_true.shape)}")
+    check_same_shape("ranks_true", ranks_true, "ranks", ranks)
+    if not ranks.ndim: raise ValueError("ranks: expected shape (..., n), got ()")
     ranks = widened(ranks)
     return (ranks - ranks_true.to(ranks.dtype)).square().mean(-1)

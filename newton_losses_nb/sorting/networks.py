@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.solves import choice
+from ..core.solves import choice, number
 from .relaxations import log_add_exp, log_sigmoid
 
 # %% ../../nbs/sorting/01_networks.ipynb #87e56d00
@@ -59,9 +59,10 @@ def comparators(
     network:str="odd_even",    # "odd_even" or "bitonic"
 ) -> list[list[tuple[int, int]]]: # Layers of pairs (minimum, maximum)
     "The comparisons of a sorting network, layer by layer"
+    n = number("n", n, 1, whole=True)
     if choice("network", network, ("odd_even", "bitonic")) == "odd_even":
         return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
-    blocks = max(n - 1, 0).bit_length()
+    blocks = (n - 1).bit_length()
     drop, layers = 2**blocks - n, []
     for block in range(blocks):
         for jump in (2**k for k in range(block, -1, -1)):
@@ -105,7 +106,7 @@ def plain_network(
     return P
 
 def steep(c:Float[Tensor, "*shape"], relaxation:str,
-          steepness:float) -> Float[Tensor, "*shape"]:
+          steepness:float|Tensor) -> Float[Tensor, "*shape"]:
     "β`c` within ±10¹⁰, β the `steepness`; with `relaxation` logistic_art after a root"
     if relaxation == "logistic_art": c = c/(c.abs() + 1e-10).pow(0.25)
     return (steepness*c).clamp(-1e10, 1e10)
