@@ -793,7 +793,7 @@ def test_what_is_broken_is_not_remembered(direction):
     raising = OutputLoss(f, Remembering(direction, Window(3)))
     y = y.detach()
     y[0, 0] = 0
-    with pytest.raises(NonFiniteError, match="batches: expected finite derivatives of all samples"):
+    with pytest.raises(NonFiniteError, match="Hessian of loss_fn: expected finite numbers"):
         with raising.accumulated([(y,)]): pass
     assert not raising.direction.memory.past and raising.shared is None
 
@@ -1384,23 +1384,56 @@ def test_a_first_call_that_tells_nothing_does_not_end_learning(first):
     assert_close(f.a.grad, f(y, t).mean().detach())
 
 
-def test_a_loss_that_names_nothing_is_looked_through_once(monkeypatch):
-    "The search is as long as a small step; parameters that are frozen, or of a copy, are found"
+def test_a_loss_that_says_it_learns_nothing_is_not_looked_through(monkeypatch):
+    "The search takes as long as a small step; a subclass, or what has parameters, is searched"
     from newton_losses_nb.core import newton
     looked, search = [], newton.named
     monkeypatch.setattr(newton, "named", lambda f, args: looked.append(f) or search(f, args))
     y, P = torch.randn(16, 3, requires_grad=True), true_permutation(torch.randn(16, 3))
-    loss = OutputLoss(SortingLoss("neural_sort"))
-    for _ in range(3): loss(y, P).backward()
-    other = copy.deepcopy(loss)
-    other(y, P).backward()
-    assert len(looked) == 1
-    loss.loss_fn = SortingLoss("soft_sort")
+    loss, own = OutputLoss(SortingLoss("neural_sort")), ScaleLearner()
     loss(y, P).backward()
-    assert len(looked) == 2
-    frozen = OutputLoss(ScaleLearner().requires_grad_(False))
-    for _ in range(3): frozen(y, y.detach()).backward()
-    assert len(looked) == 5
+    assert not looked
+    for other in (type("More", (SortingLoss,), {})("soft_sort"), own, own):
+        OutputLoss(other)(y, P if other is not own else y.detach()).backward()
+    assert [type(f).__name__ for f in looked] == ["More", "ScaleLearner", "ScaleLearner"]
+    loss.loss_fn.tau = nn.Parameter(torch.tensor(1.))
+    assert loss.loss_fn.learns
+
+
+class Late:
+    "Squares with derivatives of its own, whose weight comes later"
+    w, box = None, None
+    def weight(self): return self.w if self.w is not None else self.box["w"] if self.box else torch.tensor(1.)
+    def __call__(self, y, t, w=None): return plain_squares(y, t)*(self.weight() if w is None else w)
+    def derivatives(self, y, t, w=None, hessian=False):
+        with torch.no_grad(): return self(y, t, w), 2*(y - t)*(self.weight() if w is None else w), None
+
+@pytest.mark.parametrize("copied", [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["itself", "deepcopy", "pickle"])
+@pytest.mark.parametrize("where", ["attribute", "dict", "argument"])
+def test_parameters_that_come_after_the_first_step(where, copied):
+    (_, t), y, w = small_batch(), torch.randn(16, 3, requires_grad=True), nn.Parameter(torch.tensor(.3))
+    first = OutputLoss(Late())
+    first.loss_fn.box = {}
+    first(y, t).backward()
+    loss, args = copied(first), ()
+    if where == "attribute": loss.loss_fn.w = w
+    if where == "dict": loss.loss_fn.box["w"] = w
+    if where == "argument":
+        layer = nn.Linear(1, 1)
+        loss = OutputLoss(with_layer := WithLayer())
+        loss(y, t, None).backward()
+        loss(y, t, layer).backward()
+        assert_close(layer.bias.grad, plain_squares(y, t).mean().detach()[None])
+        return
+    loss(y, t).backward()
+    assert_close(w.grad, plain_squares(y, t).mean().detach())
+
+class WithLayer:
+    "Its factor is the bias of a layer, if it is given one"
+    def factor(self, layer): return torch.tensor(1.) if layer is None else layer.bias[0]
+    def __call__(self, y, t, layer): return plain_squares(y, t)*self.factor(layer)
+    def derivatives(self, y, t, layer, hessian=False):
+        with torch.no_grad(): return self(y, t, layer), 2*(y - t)*self.factor(layer), None
 
 
 @pytest.mark.parametrize("spoil", [False, True])
@@ -1641,7 +1674,7 @@ def test_what_is_not_finite_in_another_micro_batch_is_named(direction):
     bad = y.clone()
     bad[2, 1] = torch.nan
     loss = OutputLoss(quartic, direction)
-    with pytest.raises(NonFiniteError, match="batches: expected finite derivatives"):
+    with pytest.raises(NonFiniteError, match=r"y: expected finite numbers, got 1 of 32 that are not, first at \[2, 1\]"):
         with loss.accumulated([(y, t), (bad, t)]): sent_back(loss, y, t)
     assert loss.shared is None
     for mode in ("skip", "gradient"):
@@ -1662,3 +1695,90 @@ def test_reports_on_saturated_losses_and_methods():
     for f in (lambda y, t: ((50*y).tanh() - t).square().sum(1), lambda y, t: (y.clamp(-1, 1) - t).square().sum(1)):
         for size in (1., .11): assert "saturated" in check_loss(f, size*y + t/100, t)["differentiable"].words
     assert check_loss(Diary().method, torch.randn(16, 4), torch.randn(16, 4)).line.startswith("OutputLoss(loss_fn")
+
+
+CACHE = {}
+
+@pytest.mark.parametrize("direction", [Hessian(.1), DiagonalHessian(.1), Krylov(.1), PerSample(Hessian(.1))], ids=repr)
+@pytest.mark.parametrize("place", ["global", "closure", "object"])
+def test_a_constant_that_a_loss_makes_at_its_first_call(direction, place):
+    "Of the dtype of the outputs, for later calls: the trials of a check are not the first"
+    CACHE.clear()
+    kept, o = {}, SimpleNamespace(held={})
+    found = {"global": lambda: CACHE, "closure": lambda: kept, "object": lambda: o.held}[place]
+    def loss(y, t):
+        cache, n = found(), y.shape[1]
+        if n not in cache: cache[n] = 1/torch.arange(2, n + 2, dtype=y.dtype).log2()
+        return (y - t).square() @ cache[n]
+    y, t = torch.randn(2, 8, 4)
+    newton = OutputLoss(loss, direction)
+    for _ in range(2): sent_back(newton, y, t)
+    assert found()[4].dtype == torch.float32
+
+
+def test_the_first_call_is_the_one_that_counts():
+    "State in a closure, which a trial does not put back, is that of the call itself"
+    state = {"n": 0}
+    def warming(y, t):
+        state["n"] += 1
+        return min(1, state["n"]/10)*plain_squares(y, t)
+    y, t = torch.randn(2, 8, 4)
+    value = NewtonLoss(warming, "hessian")(y.requires_grad_(), t)
+    assert_close(value.detach(), plain_squares(y, t).mean().detach()/10)
+
+
+def test_a_subclass_may_say_what_it_wants():
+    class Mine(DiagonalHessian):
+        def __init__(self):
+            super().__init__(.1)
+            self.second = "diagonal"
+    class Quiet(Remembering):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.quick, self.second = None, None
+    y, t = pair()
+    assert_close(sent_back(OutputLoss(quartic, Mine()), y, t), sent_back(OutputLoss(quartic, DiagonalHessian(.1)), y, t))
+    assert_close(sent_back(OutputLoss(quartic, Quiet(Fisher(.1), Window(2))), y, t), sent_back(OutputLoss(quartic, Fisher(.1)), y, t))
+    plain = Remembering(Fisher(.1), Window(2))
+    plain.quick = None
+    assert_close(sent_back(OutputLoss(quartic, plain), y, t), sent_back(OutputLoss(quartic, Fisher(.1)), y, t))
+
+
+def test_hooks_on_a_direction_inside_another_run():
+    y, t = pair()
+    loss, seen = OutputLoss(quartic, Remembering(Fisher(.1), Window(2))), []
+    want = sent_back(OutputLoss(quartic, Fisher(.1)), y, t)
+    loss.direction.direction.register_forward_hook(lambda m, args, D: seen.append(m) or 2*D)
+    assert_close(sent_back(loss, y, t), 2*want)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("on_nonfinite", ["gradient", "skip"])
+def test_numbers_beyond_the_square_of_another(on_nonfinite):
+    "Finite: clipped, or sent as they are, where no memory would keep their squares"
+    y, t = pair()
+    big = y.clone()
+    big[0] = 1e70
+    for direction in (Hessian(.1), Fisher(.1), Krylov(.1), Remembering(Hessian(.1), Window(2))):
+        loss = OutputLoss(quartic, direction)
+        alone = sent_back(loss, big, t)
+        if not isinstance(direction, Remembering):
+            with loss.accumulated([(big, t)]): assert_close(sent_back(loss, big, t), alone)
+    steep = lambda y, s: s*y.square().sum(1)
+    s = torch.ones(8).double()
+    s[0] = 1e200
+    D = 8*sent_back(OutputLoss(steep, Clip(1.), on_nonfinite=on_nonfinite), y, s)
+    assert_close(D.norm(dim=1), torch.ones(8).double().minimum((2*s*y.norm(dim=1))))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "gradient"])
+def test_samples_that_overflow_are_not_taken_for_hidden_curvature(on_nonfinite):
+    def f(x, t):
+        for _ in range(30): x = x + .1*(x.sin() - x*x.roll(1, 1))
+        return (x - t).square().sum(1)
+    y, t = 4*torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(0))
+    assert not f(y, t).isfinite().all()
+    loss = NewtonLoss(f, "hessian", on_nonfinite=on_nonfinite)
+    if on_nonfinite == "gradient": assert sent_back(loss, y, t).isfinite().all()
+    else:
+        with pytest.raises(NonFiniteError, match="loss_fn's values"): sent_back(loss, y, t)

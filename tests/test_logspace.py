@@ -350,3 +350,10 @@ def test_own_derivatives_have_any_leading_dimensions(relaxation, kind):
         for a, b in zip(found, flat): assert_close(a.reshape(-1, *b.shape[1:]), b[:a[..., None].numel()//max(1, b[0].numel())])
     assert [o.dtype for o in f.derivatives(y.bfloat16(), P)] == [torch.float32]*3
     with pytest.raises(ValueError, match="P_true: expected"): f.derivatives(y, P[0])
+
+
+def test_a_network_is_compiled_whole_for_any_number_of_wires():
+    f = torch.compile(lambda s: sorting_network(s, relaxation="cauchy"), backend="eager", fullgraph=True)
+    for n in (3, 4, 5):
+        s = torch.randn(2, n)
+        assert_close(f(s), sorting_network(s, relaxation="cauchy"))

@@ -12,14 +12,16 @@ import random
 import sys
 import warnings
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 # %% ../../nbs/core/01_derivatives.ipynb #3f0a51c2
 def kind_of(x):
@@ -131,12 +133,17 @@ def _contents(tensors):
         dense = issubclass(type(x), Tensor) and x.layout == torch.strided
         if dense and not x.is_nested and (x.is_contiguous() or 0 not in x.stride()):
             yield x.data.clone, x.data.copy_
+            if x.is_inference(): continue            # else a graph may hold it
+            yield (lambda: None), _unsafe_preserve_version_counter(x).__exit__
 
 def _states(f, args, limit=10_000):
     "What reads and what sets each generator, module's state and argument of `f`"
     yield from _contents(args)
     seen, todo, kinds = set(), [f, args, random._inst], (random.Random,)
-    own = f, getattr(f, "__self__", f), getattr(f, "func", f)
+    own = [f]
+    for o in own:
+        if isinstance(o, partial): own.append(o.func)
+        if isinstance(o, MethodType): own.append(o.__self__)
     closed = (type, ModuleType, Tensor, str, bytes, int, float, random.SystemRandom,
               *weakref.ProxyTypes)
     if np := sys.modules.get("numpy"):
@@ -155,7 +162,8 @@ def _states(f, args, limit=10_000):
                 yield d.copy, partial(_refill, d)
                 yield from _contents(d.values())
                 for v in d.values():
-                    if type(v) is dict: yield v.copy, partial(_refill, v)
+                    if type(v) in (dict, OrderedDict, defaultdict):
+                        yield v.copy, partial(_refill, v)
                     if type(v) is list:
                         yield v.copy, partial(v.__setitem__, slice(None))
         if isinstance(o, torch.Generator): yield o.get_state, o.set_state
@@ -232,7 +240,7 @@ def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
     return ((bits >> 13) % 2*2 - 1).to(like)
 
 # %% ../../nbs/core/01_derivatives.ipynb #0130420f
-def _check_second(loss_fn, y, args):
+def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
     y, length = y.detach(), lambda x: x.norm(dim=1)
     far, info = y.square().mean().sqrt(), torch.finfo(y.dtype)
@@ -244,19 +252,25 @@ def _check_second(loss_fn, y, args):
     def gradient(x):
         return torch.autograd.grad(loss_fn(x.requires_grad_(), *like(x)).sum(), x)[0]
     def changes(x):
-        _, at, products = derivatives(loss_fn, x, *like(x), second="products",
-                                      check=False)
-        seen, h = products(v[None])[0], torch.finfo(x.dtype).eps**(1/3)
+        h, at = torch.finfo(x.dtype).eps**(1/3), gradient(x)
         sides = [[(gradient(x + k*v) - at)/k for k in (o, -o)] for o in (h, 2*h)]
         once, twice = ((ahead + behind)/2 for ahead, behind in sides)
         kink = length(sides[0][0] - sides[0][1])
-        return once, seen, length(twice - once) + kink, 1e2*h**2*length(at)
+        return once, length(twice - once) + kink, 1e2*h**2*length(G)
+    seen = products(v[None])[0]                      # before another call of the loss
     with unseen(loss_fn, args):
-        try: most, (once, seen, doubt, noise) = .01, changes(y.double())
+        try:
+            wide, most = y.double(), .01
+            once, doubt, noise = changes(wide)
+            if y.dtype != wide.dtype:
+                products = derivatives(loss_fn, wide, *like(wide), second="products",
+                                       check=False)[2]
+                seen = products(v[None])[0]
         except Exception:                            # large steps, across many kinks
-            most, (once, seen, doubt, noise) = .5, changes(y)
+            most, (once, doubt, noise) = .5, changes(y)
+    seen = seen.to(once)
     size, settled = length(seen).maximum(length(once)), 4*doubt < length(once)
-    largest = size.where(settled, 0).amax()
+    largest = size.where(settled | ~size.isfinite(), 0).amax()
     doubt = doubt.maximum(doubt.nanmedian()) + noise + largest*1e-6
     doubt = doubt + length(v)*info.tiny*1e6          # tails that y's type does not hold
     doubt = doubt + size*info.eps**.5
@@ -317,7 +331,6 @@ def derivatives(
             return _own(loss_fn, y, args, second)
         y, *args = [a.clone() if isinstance(a, Tensor) and a.is_inference() else a
                     for a in (y.detach(), *args)]
-        if check and second and len(y): _check_second(loss_fn, y, args)
         loss, G = sample_losses(loss_fn, y.requires_grad_(), *args), None
         if loss.requires_grad: G, = torch.autograd.grad(
             loss, y, torch.ones_like(loss), True, bool(second), allow_unused=True)
@@ -325,6 +338,7 @@ def derivatives(
                                        "values that do not (a detach inside?)")
         if check and len(y) > 1: _check_independent(loss, G, y)
         H = second and partial(_products, G, y)
+        if check and second and len(y): _check_second(loss_fn, y, args, G.detach(), H)
         if second in ("full", "diagonal"):
             E = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None]
             some = {"keep": lambda v, P: (v*P).sum(-1)} if second == "diagonal" else {}

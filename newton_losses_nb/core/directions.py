@@ -45,6 +45,11 @@ class Direction(nn.Module):
         "What to send back, given the sum"
         return G
 
+    @property
+    def hooked(self) -> bool:
+        "Has it hooks, which only an ordinary call runs?"
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
     def __repr__(self):
         "The call that makes it, without what is at its default"
         shown, name = [], lambda v: getattr(v, "__name__", None) or repr(v)
@@ -54,6 +59,12 @@ class Direction(nn.Module):
             if p.default is p.empty: shown.append(name(v))
             elif repr(v) != repr(p.default): shown.append(f"{p.name}={name(v)}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+# %% ../../nbs/core/04_directions.ipynb #7f3c1d20
+class Derived:
+    "An attribute that is computed, unless a subclass or an instance sets it"
+    def __init__(self, f): self.f = f
+    def __get__(self, o, kind=None): return self if o is None else self.f(o)
 
 # %% ../../nbs/core/04_directions.ipynb #bb24a3e9
 class Damped(Direction):
@@ -99,6 +110,7 @@ class Fisher(Damped):
 
     def quick(self, e, G, mask=None):
         plain = type(self) is Fisher and self.power == 1 and mask is None
+        plain = plain and not self.hooked
         known = not (callable(self.lam) or self.lam == "auto")
         if not (plain and known): return self(e, G, mask)
         lam, _ = damping(self.lam, e)
@@ -158,7 +170,7 @@ class DiagonalFisher(Damped):
 class DiagonalHessian(Damped):
     "The Hessian step with the diagonal of the mean Hessian only"
     diagonal = True
-    second = property(lambda self: "products" if self.probes else "diagonal")
+    second = Derived(lambda self: "products" if self.probes else "diagonal")
     def __init__(self, lam:SupportsFloat|str|Callable="auto", # Damping λ
                  eigenvalues:str="raw",    # Negative ones: raw, abs or clip
                  probes:SupportsFloat|None=None):  # Random vectors; None: m products
@@ -187,7 +199,7 @@ class PerSample(Direction):
             f"direction: expected one that remembers nothing, got {direction!r}")
         self.direction = direction
 
-    second = property(lambda self: self.direction.second)
+    second = Derived(lambda self: self.direction.second)
 
     def observe(self, b):
         own = [x.unsqueeze(b.G.ndim - 1) if isinstance(x, Tensor) else x for x in b]

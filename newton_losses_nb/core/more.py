@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .derivatives import random_signs
-from .directions import Damped, Direction
+from .directions import Damped, Derived, Direction
 from .evidence import Evidence, Group, nonzero
 from .solves import auto_damping, damping, number
 
@@ -96,9 +96,9 @@ class Remembering(Direction):
         self.direction, self.memory = direction, memory
 
     memory = property(lambda self: self._modules["memory"])
-    second = property(lambda self: self.direction.second)
-    quick = property(lambda self: self.direction.quick if type(self) is Remembering
-                     else None)
+    second = Derived(lambda self: self.direction.second)
+    quick = Derived(lambda self: self.direction.quick if type(self) is Remembering
+                    else None)
 
     def reset(self):
         "Forget everything"

@@ -128,11 +128,9 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
 @patch
 def _remember(self:OutputLoss, e, past):
     "Keep what is remembered, unless some number is not finite (none is with \"skip\")"
-    if self.on_nonfinite == "skip" or _is_finite(e): self.direction.memory.keep(past)
-
-def _is_finite(e):
-    e = getattr(e, "sums", e)
-    return math.isfinite(sum(x.sum() for x in (e.square, e.total) if x is not None))
+    sums = sum(x.sum() for x in (e.square, e.total) if x is not None)
+    fine = self.on_nonfinite == "skip" or math.isfinite(sums)
+    if fine: self.direction.memory.keep(past)
 
 # %% ../../nbs/core/05_newton.ipynb #7ea7a25e
 @patch
@@ -175,7 +173,9 @@ def _batch(self:OutputLoss, y, mask, args, own):
     loss, G, H = derivatives(self.loss_fn, y, *args, second=second, mask=mask,
                              check=not self.checked, detach=False)
     if guard:
-        near = lambda x: x.double().abs() < 1e150    # not NaN, and has a square
+        kept = self.on_nonfinite == "skip" and self.direction.memory
+        most = 1e150 if kept else torch.inf          # squares are remembered
+        near = lambda x: x.double().abs() < most
         fine = fine & loss.isfinite().unsqueeze(-1) & near(G).all(-1, keepdim=True)
         if self.on_nonfinite == "skip" and second:
             signs = random_signs(1, y).expand(1, *y.shape)
@@ -214,8 +214,7 @@ def _directions(self:OutputLoss, e, b, mask, y):
     raises, find = self.on_nonfinite == "raise", self.direction
     kind = torch.promote_types(y.dtype, torch.float32)    # in which they are sent
     if not b.G.shape[-2] and find.second != "products": return b.G  # all share in those
-    hooked = find._forward_hooks or find._forward_pre_hooks
-    quick = raises and not hooked and find.quick
+    quick = raises and not find.hooked and find.quick
     for find in (quick, find) if quick else (find,):
         D = find(e, b.G, mask)
         if b.weight is not None: D = D.where(b.weight > 0, 0)
@@ -392,19 +391,19 @@ def _own(self:OutputLoss, b, y, mask, args):
         if len(bad) and mask is not None: bad = bad & mask.any(-1)
         if not len(bad) or not bad.any(): return _mean(loss, b, n)
         return self._plain(y, mask, args, self.taking, loss.detach())
-    ids, learns = self.learns                        # [f]: it names no tensor at all
+    ids, learns = self.learns
     again, among = hasattr(f, "derivatives"), Group(self.group).size > 1
-    found = [*named(f, args)] if among or again and ids != [f] else ()
-    wanted = [p for p in found if p.requires_grad]
+    again = again and getattr(f, "learns", True)
+    wanted = [p for p in named(f, args) if p.requires_grad] if again or among else ()
     leaves = [p for p in wanted if p.is_leaf]
     if among and leaves and not b.n.any():           # all processes want a gradient
         return sum(p.flatten()[:0].abs().sum() for p in leaves)
-    now = [*map(id, leaves), len(wanted)] if found else [f]
-    if again and ids != now and b.n.any():
-        with unseen(f, args):
-            learns = bool(wanted) and self._plain(y, mask, args).requires_grad
+    now = [*map(id, leaves), len(wanted)]
+    if again and wanted and ids != now and b.n.any():
+        with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
         self.learns = now, learns                    # f may know self, and put it back
-    return self._plain(y, mask, args, self.taking) if wanted and learns else loss
+    known = again and wanted and learns
+    return self._plain(y, mask, args, self.taking) if known else loss
 
 @patch
 def _check_gradients(self:OutputLoss, args):
@@ -444,11 +443,14 @@ def accumulated(
     def add():
         parts, padded = [], masks is not None
         both = zip_longest(batches, masks) if padded else ((b, None) for b in batches)
-        for b, mask in both:
-            if b is None or padded and mask is None: raise ValueError(
+        for batch, mask in both:
+            if batch is None or padded and mask is None: raise ValueError(
                 "masks: expected as many as there are micro-batches")
-            y, *args = b
-            parts.append(self._observe(y, mask, args)[1])
+            y, *args = batch
+            b, e = self._observe(y, mask, args)
+            if self.on_nonfinite == "raise":
+                _explain(b.G, b, e if self.direction.second else None, y)
+            parts.append(e)
             _check_shared(parts[0], y, "the other micro-batches")
         if not parts: raise ValueError("batches: expected at least one, got none")
         return sum(parts[1:], parts[0])
@@ -457,8 +459,6 @@ def accumulated(
         square = getattr(e, "sums", e).square        # none of a control without sums
         return getattr(square, "shape", ()), len(getattr(memory, "past", ()))
     with torch.no_grad(): shared = group.together(add, alike=alike).pooled(group)
-    if self.on_nonfinite == "raise" and not _is_finite(shared): raise NonFiniteError(
-        "batches: expected finite derivatives of all samples, got some that are not")
     if memory:
         shared, past = group.together(partial(memory, shared))
         if self.training: self._remember(shared, past)

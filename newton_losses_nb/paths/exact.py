@@ -226,8 +226,13 @@ def regret(
     path:Shaped[Tensor, "*batch H W"], # Predicted path
 ) -> Float[Tensor, "*batch"]:          # At least 0 for a path, in the unit of `cost`
     "What a predicted path costs more than the cheapest one"
+    return _excess(cost, path)[0]
+
+def _excess(cost, path):
+    "What a path costs more than the cheapest one, whatever both enter, and its cost"
     check_same_shape("path", path, "cost", cost)
-    return path_cost(cost, widened(path) - widened(shortest_path(cost)))
+    best = shortest_path(cost)
+    return path_cost(cost, widened(path) - widened(best)), path_cost(cost, best)
 
 def cost_optimality(
     cost:Float[Tensor, "*batch H W"],  # True costs
@@ -235,5 +240,5 @@ def cost_optimality(
     rel:float=1e-3,  # Accepted excess, as a fraction of the best path's
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
-    most = number("rel", rel)*path_cost(cost, shortest_path(cost))
-    return is_valid_path(path) & (regret(cost, path) <= most)
+    more, best = _excess(cost, path)
+    return is_valid_path(path) & (more <= number("rel", rel)*best)

@@ -50,6 +50,10 @@ class SortingLoss(nn.Module):
         if self.log and same: return self._derivatives
         raise AttributeError("derivatives")
 
+    @property
+    def learns(self) -> bool: # May it have parameters? So a step need not look for them
+        return type(self) is not SortingLoss or bool(self._parameters)
+
     def permutation(self, s:Float[Tensor, "*batch n"],
                     log:bool=False) -> Float[Tensor, "*batch n n"]:
         "Relaxed permutation matrix of the scores, or with `log` its logarithm"

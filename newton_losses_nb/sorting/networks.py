@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.solves import choice, number
+from ..core.solves import choice
 from .relaxations import log_add_exp, log_sigmoid
 
 # %% ../../nbs/sorting/01_networks.ipynb #87e56d00
@@ -59,7 +59,7 @@ def comparators(
     network:str="odd_even",    # "odd_even" or "bitonic"
 ) -> list[list[tuple[int, int]]]: # Layers of pairs (minimum, maximum)
     "The comparisons of a sorting network, layer by layer"
-    n = number("n", n, 1, whole=True)
+    if n < 1: raise ValueError(f"n: expected at least 1 wire, got {n}")
     if choice("network", network, ("odd_even", "bitonic")) == "odd_even":
         return [[(i, i + 1) for i in range(k % 2, n - 1, 2)] for k in range(n)]
     blocks = (n - 1).bit_length()
