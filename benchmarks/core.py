@@ -77,12 +77,16 @@ def main():
     p.add_argument("--rounds", type=count, default=15, help="pairs of blocks")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    git = subprocess.run(["git", "-C", a.old, "rev-parse", "HEAD"], check=True,
-                         capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", a.old, "rev-parse", "HEAD"], check=True,
+                             capture_output=True, text=True)
+        old = old_package(a.old)
+    except (subprocess.CalledProcessError, ModuleNotFoundError) as e:
+        p.error(f"--old: expected a worktree of version 0.1, got {a.old}: {e}")
     clock = benchmark.timer if torch.device(a.device).type == "cuda" else time.process_time
     measure = lambda c: measure_case(c, a.rounds, a.seconds, clock)
     items = (({"method": c.name, "size": c.size, "target": c.target, "old": git.stdout.strip()}, c)
-             for c in cases(old_package(a.old), a.device))
+             for c in cases(old, a.device))
     ratios = []
     for r in measured("core", items, measure, a.device, a.out):
         c, v = r["config"], r["result"]
