@@ -149,7 +149,8 @@ def _soft_walk(cost, beta, n_iter, steps):
 # %% ../../nbs/paths/01_relaxed.ipynb #82a5279a
 def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "B H W"]:
     "Result of a relaxed while-loop with a fixed number of steps"
-    start = F.pad(tracked[:, :, 0, 0], (0, 0, 1, 0))
+    start = tracked[:, :, 0, 0]
+    start = torch.cat([torch.zeros_like(start[:1]), start])
     left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
     weight = left[:-1] - left[1:]
     weight[-1] += left[-1]
