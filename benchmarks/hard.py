@@ -107,6 +107,8 @@ def queue():
         for m, more in ("none", bce), ("fisher", {}), ("default", {}):
             yield "logistic", m, LONG, seeds, more
     for seeds in (REPORTED, MORE): yield "logistic", "none", LONG, seeds, {}
+    for m, seeds in product(("none", "default"), (REPORTED, MORE)): # Does plain stay ahead?
+        yield "cauchy", m, LONG, seeds, {}
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
