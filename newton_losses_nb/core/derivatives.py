@@ -12,7 +12,6 @@ import random
 import sys
 import warnings
 import weakref
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -133,7 +132,7 @@ def _contents(tensors):
         dense = issubclass(type(x), Tensor) and x.layout == torch.strided
         if dense and not x.is_nested and (x.is_contiguous() or 0 not in x.stride()):
             yield x.data.clone, x.data.copy_
-            if x.is_inference(): continue            # else a graph may hold it
+            if x.is_inference() or x._is_view(): continue  # else a graph may hold it
             yield (lambda: None), _unsafe_preserve_version_counter(x).__exit__
 
 def _states(f, args, limit=10_000):
@@ -161,11 +160,6 @@ def _states(f, args, limit=10_000):
                 if not isinstance(d, dict): continue # as in a scripted module
                 yield d.copy, partial(_refill, d)
                 yield from _contents(d.values())
-                for v in d.values():
-                    if type(v) in (dict, OrderedDict, defaultdict):
-                        yield v.copy, partial(_refill, v)
-                    if type(v) is list:
-                        yield v.copy, partial(v.__setitem__, slice(None))
         if isinstance(o, torch.Generator): yield o.get_state, o.set_state
         if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
@@ -250,24 +244,27 @@ def _check_second(loss_fn, y, args, G, products):
                 for a in args]
         return [a.clone() if isinstance(a, Tensor) else a for a in wide]
     def gradient(x):
-        return torch.autograd.grad(loss_fn(x.requires_grad_(), *like(x)).sum(), x)[0]
+        loss = loss_fn(x.requires_grad_(), *like(x)).sum()
+        if loss.dtype.itemsize < x.dtype.itemsize: raise TypeError("coarser inside")
+        return torch.autograd.grad(loss, x)[0]
     def changes(x):
         h, at = torch.finfo(x.dtype).eps**(1/3), gradient(x)
-        sides = [[(gradient(x + k*v) - at)/k for k in (o, -o)] for o in (h, 2*h)]
+        sides = [[(gradient(x + k*v.to(x)) - at)/k for k in (o, -o)]
+                 for o in (h, 2*h)]
         once, twice = ((ahead + behind)/2 for ahead, behind in sides)
         kink = length(sides[0][0] - sides[0][1])
         return once, length(twice - once) + kink, 1e2*h**2*length(G)
     seen = products(v[None])[0]                      # before another call of the loss
     with unseen(loss_fn, args):
-        try:
-            wide, most = y.double(), .01
-            once, doubt, noise = changes(wide)
-            if y.dtype != wide.dtype:
-                products = derivatives(loss_fn, wide, *like(wide), second="products",
-                                       check=False)[2]
-                seen = products(v[None])[0]
-        except Exception:                            # large steps, across many kinks
-            most, (once, doubt, noise) = .5, changes(y)
+        for most, kind in ((.01, torch.double), (.5, y.dtype), (.5, torch.float)):
+            with contextlib.suppress(Exception):     # large steps, across many kinks
+                once, doubt, noise = changes(x := y.to(kind))
+                if kind != y.dtype and most < .5:
+                    products = derivatives(loss_fn, x, *like(x), second="products",
+                                           check=False)[2]
+                    seen = products(v[None])[0]
+                break
+        else: return                                 # none that can be judged
     seen = seen.to(once)
     size, settled = length(seen).maximum(length(once)), 4*doubt < length(once)
     largest = size.where(settled | ~size.isfinite(), 0).amax()
@@ -275,7 +272,7 @@ def _check_second(loss_fn, y, args, G, products):
     doubt = doubt + length(v)*info.tiny*1e6          # tails that y's type does not hold
     doubt = doubt + size*info.eps**.5
     off = (seen - once).abs() > seen.abs().maximum(once.abs())/10 + 5*doubt[:, None]
-    off = off.any(1) & settled          # else an estimate, or narrower than the steps
+    off = (off & (once != 0)).any(1) & settled   # else rounded, an estimate, or narrow
     if off.sum() > most*len(y): raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient "
         "has changes that autograd does not see (once_differentiable, detach, numpy?); "

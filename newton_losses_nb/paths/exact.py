@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..core.derivatives import check_same_shape, kind_of, widened
-from ..core.solves import count, number
+from ..core.solves import count
 
 # %% ../../nbs/paths/00_exact.ipynb #80072686
 def _sweep(cost, d, col, best, n):
@@ -241,4 +241,4 @@ def cost_optimality(
 ) -> Bool[Tensor, "*batch"]:           # Is it a path, and as cheap as the cheapest?
     "Whether a predicted path is a shortest one, ties included"
     more, best = _excess(cost, path)
-    return is_valid_path(path) & (more <= number("rel", rel)*best)
+    return is_valid_path(path) & (more <= rel*best)
