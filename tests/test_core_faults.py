@@ -1412,6 +1412,33 @@ class Delegating(nn.Module):
     def derivatives(self, y, P, hessian=False):
         with torch.no_grad(): return self(y, P), self.w*self.inner.derivatives(y, P, False)[1], None
 
+class Wrapped(nn.Module):
+    "Has a weight, and derivatives that are dressed like those inside"
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.w = inner, nn.Parameter(torch.tensor(2.))
+    def forward(self, y, P): return self.w*self.inner(y, P)
+    @property
+    def derivatives(self):
+        @functools.wraps(self.inner.derivatives)
+        def scaled(y, P, hessian=True):
+            with torch.no_grad(): return tuple(o if o is None else self.w*o for o in self.inner.derivatives(y, P, hessian))
+        return scaled
+
+@pytest.mark.parametrize("curvature", ["fisher", "hessian"])
+def test_derivatives_dressed_like_others_learn(curvature):
+    y, P = torch.randn(16, 3, requires_grad=True), true_permutation(torch.randn(16, 3))
+    f = Wrapped(SortingLoss())
+    NewtonLoss(f, curvature)(y, P).backward()
+    assert_close(f.w.grad, f.inner(y, P).mean().detach())
+
+def test_a_temperature_that_is_a_tensor():
+    y, P = torch.randn(16, 3), true_permutation(torch.randn(16, 3))
+    for tau in (torch.tensor(1.3), torch.tensor([1.3])):
+        f = SortingLoss("neural_sort")
+        f.tau = tau
+        assert_close(sent_back(OutputLoss(f), y, P), sent_back(OutputLoss(SortingLoss("neural_sort", tau=1.3)), y, P))
+
 def test_a_wrapper_learns_whatever_it_passes_on():
     y, P = torch.randn(16, 3, requires_grad=True), true_permutation(torch.randn(16, 3))
     f = Delegating(SortingLoss())
@@ -1874,3 +1901,45 @@ def test_a_loss_that_rounds_its_value_and_takes_one_dtype_only():
     y, t = pair()
     f = lambda y, t: ((y - t) @ W).float().square().sum(1)
     assert sent_back(NewtonLoss(f, "hessian"), y, t).isfinite().all()
+
+
+class OnceSquare(torch.autograd.Function):
+    "The square, or that of what is above zero, without a second derivative"
+    @staticmethod
+    def forward(ctx, x, above): ctx.save_for_backward(x); ctx.above = above; return (x.relu() if above else x)**2
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        return 2*g*(x.relu() if ctx.above else x), None
+
+@pytest.mark.parametrize("n", [2, 64, 100])
+@pytest.mark.parametrize("inside", [lambda y: y.float(), lambda y: y], ids=["float inside", "as given"])
+@pytest.mark.parametrize("given", [torch.float, torch.bfloat16, torch.half, None], ids=str)
+def test_curvature_hidden_in_a_loss_that_rounds(given, inside, n):
+    "In all samples, in two of a hundred, or active in fewer than half"
+    back = lambda l: l if given is None else l.to(given)
+    g = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.float64):
+        y = torch.randn(n, 3, generator=g).to(dtype)
+        some = (torch.arange(n) < max(2, n//50)).to(dtype)[:, None]
+        losses = [lambda y: OnceSquare.apply(inside(y), False).sum(1)]
+        if n > 2: losses += [lambda y: ((1 - some)*inside(y).square() + some*OnceSquare.apply(inside(y), False)).sum(1),
+                             lambda y: OnceSquare.apply(-.5 - inside(y), True).sum(1)]
+        for f in losses:
+            with pytest.raises(ValueError, match="changes that autograd does not see|differentiated twice"):
+                sent_back(NewtonLoss(lambda y: back(f(y)), "hessian", .1), y)
+
+
+def test_a_part_that_is_straight_through():
+    "One output's gradient does not change, where autograd sees curvature, beside others that do"
+    q = lambda y: y + (y.round() - y).detach()
+    f = lambda y: (q(y[:, :1]) - .3).square().sum(1) + y[:, 1:].square().sum(1)
+    with pytest.raises(ValueError, match="changes that autograd does not see"): sent_back(NewtonLoss(f, "hessian"), torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+
+
+def test_what_is_computed_can_be_taken_over():
+    class Mine(DiagonalHessian): second = DiagonalHessian.second
+    y, t = pair()
+    for options in ({}, dict(probes=2)): assert_close(
+        sent_back(OutputLoss(quartic, Mine(.1, **options)), y, t), sent_back(OutputLoss(quartic, DiagonalHessian(.1, **options)), y, t))

@@ -236,7 +236,7 @@ def random_signs(k:int, like:Float[Tensor, "*b m"]) -> Float[Tensor, "k m"]:
 # %% ../../nbs/core/01_derivatives.ipynb #0130420f
 def _check_second(loss_fn, y, args, G, products):
     "Raise if differences of gradients show curvature that autograd does not see"
-    y, length = y.detach(), lambda x: x.norm(dim=1)
+    y, length, rounded = y.detach(), lambda x: x.norm(dim=1), False
     far, info = y.square().mean().sqrt(), torch.finfo(y.dtype)
     v = random_signs(len(y), y)*(far.where(far > 0, 1).clamp_max(1) + y.abs())
     def like(x):
@@ -244,19 +244,20 @@ def _check_second(loss_fn, y, args, G, products):
                 for a in args]
         return [a.clone() if isinstance(a, Tensor) else a for a in wide]
     def gradient(x):
+        nonlocal rounded                             # coarser than its outputs?
         loss = loss_fn(x.requires_grad_(), *like(x)).sum()
-        if loss.dtype.itemsize < x.dtype.itemsize: raise TypeError("coarser inside")
+        rounded = loss.dtype.itemsize < x.dtype.itemsize
         return torch.autograd.grad(loss, x)[0]
     def changes(x):
         h, at = torch.finfo(x.dtype).eps**(1/3), gradient(x)
-        sides = [[(gradient(x + k*v.to(x)) - at)/k for k in (o, -o)]
-                 for o in (h, 2*h)]
-        once, twice = ((ahead + behind)/2 for ahead, behind in sides)
+        sides = [[(gradient(x + k*v) - at)/k for k in (o, -o)]
+                 for o in (h, 2*h, 64*h)[:2 + rounded]]
+        once, *others = ((ahead + behind)/2 for ahead, behind in sides)
         kink = length(sides[0][0] - sides[0][1])
-        return once, length(twice - once) + kink, 1e2*h**2*length(G)
+        return once, sum(length(o - once) for o in others) + kink, 1e2*h**2*length(G)
     seen = products(v[None])[0]                      # before another call of the loss
     with unseen(loss_fn, args):
-        for most, kind in ((.01, torch.double), (.5, y.dtype), (.5, torch.float)):
+        for most, kind in ((.01, torch.double), (.5, y.dtype)):
             with contextlib.suppress(Exception):     # large steps, across many kinks
                 once, doubt, noise = changes(x := y.to(kind))
                 if kind != y.dtype and most < .5:
@@ -272,7 +273,8 @@ def _check_second(loss_fn, y, args, G, products):
     doubt = doubt + length(v)*info.tiny*1e6          # tails that y's type does not hold
     doubt = doubt + size*info.eps**.5
     off = (seen - once).abs() > seen.abs().maximum(once.abs())/10 + 5*doubt[:, None]
-    off = (off & (once != 0)).any(1) & settled   # else rounded, an estimate, or narrow
+    if rounded: off = off & (once != 0)
+    off = off.any(1) & settled          # else an estimate, or narrower than the steps
     if off.sum() > most*len(y): raise ValueError(
         "loss_fn: expected a loss that can be differentiated twice, but its gradient "
         "has changes that autograd does not see (once_differentiable, detach, numpy?); "

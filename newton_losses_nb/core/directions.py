@@ -64,7 +64,7 @@ class Direction(nn.Module):
 class Derived:
     "An attribute that is computed, unless a subclass or an instance sets it"
     def __init__(self, f): self.f = f
-    def __get__(self, o, kind=None): return None if o is None else self.f(o)
+    def __get__(self, o, kind=None): return self if o is None else self.f(o)
 
 # %% ../../nbs/core/04_directions.ipynb #bb24a3e9
 class Damped(Direction):

@@ -392,8 +392,10 @@ def _own(self:OutputLoss, b, y, mask, args):
         if not len(bad) or not bad.any(): return _mean(loss, b, n)
         return self._plain(y, mask, args, self.taking, loss.detach())
     ids, learns = self.learns
-    again, among = getattr(f, "derivatives", None), Group(self.group).size > 1
-    again = again is not None and getattr(again, "learns", True)
+    found, among = getattr(f, "derivatives", None), Group(self.group).size > 1
+    its_own = getattr(found, "__self__", None) is f # no wrapper's
+    fixed = its_own and getattr(found, "learns", True) is False
+    again = found is not None and not fixed
     wanted = [p for p in named(f, args) if p.requires_grad] if again or among else ()
     leaves = [p for p in wanted if p.is_leaf]
     if among and leaves and not b.n.any():           # all processes want a gradient
