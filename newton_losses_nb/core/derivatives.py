@@ -260,7 +260,7 @@ def _check_second(loss_fn, y, args, G, products):
         for most, kind in ((.01, torch.double), (.5, y.dtype)):
             with contextlib.suppress(Exception):     # large steps, across many kinks
                 once, doubt, noise = changes(x := y.to(kind))
-                if kind != y.dtype and most < .5:
+                if kind != y.dtype:
                     products = derivatives(loss_fn, x, *like(x), second="products",
                                            check=False)[2]
                     seen = products(v[None])[0]

@@ -224,12 +224,12 @@ def is_valid_path(
 def regret(
     cost:Float[Tensor, "*batch H W"],  # True costs
     path:Shaped[Tensor, "*batch H W"], # Predicted path
-) -> Float[Tensor, "*batch"]:          # At least 0 for a path, in the unit of `cost`
+) -> Float[Tensor, "*batch"]:          # At least 0 for a path, up to rounding
     "What a predicted path costs more than the cheapest one"
     return _excess(cost, path)[0]
 
 def _excess(cost, path):
-    "What a path costs more than the cheapest one, whatever both enter, and its cost"
+    "What a path costs beyond the cheapest, by the cells that differ, and its cost"
     check_same_shape("path", path, "cost", cost)
     best = shortest_path(cost)
     return path_cost(cost, widened(path) - widened(best)), path_cost(cost, best)
