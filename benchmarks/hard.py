@@ -109,6 +109,10 @@ def queue():
     for seeds in (REPORTED, MORE): yield "logistic", "none", LONG, seeds, {}
     for m, seeds in product(("none", "default"), (REPORTED, MORE)): # Does plain stay ahead?
         yield "cauchy", m, LONG, seeds, {}
+    five = dict(n=5)
+    for r, seeds in product(RELAXATIONS, (REPORTED, MORE)): # Sets of five, trials of their own
+        for m in FIRST[r]: yield r, m, SHORT, seeds, five
+        yield r, "none", SHORT, seeds, five | bce
 
 def cells():
     "The map, arm by arm: relaxation, method, and what differs; nothing is chosen by trials"
@@ -172,20 +176,21 @@ class Study:
             found |= {r["key"]: r for r in made}
         return [found[t.key] for t in tasks if t.key in found]
 
-    def score(self, relaxation, method, loss, setting):
+    def score(self, relaxation, method, setting):
         "Mean best validation match of a trial; a failed run counts as zero"
-        tasks = self.tasks(relaxation, method, TUNING, TRIAL, loss=loss, **setting)
+        tasks = self.tasks(relaxation, method, TUNING, TRIAL, **setting)
         records = self.records("_tuning", tasks)
         if len(records) < len(tasks): raise Missing
         match = [r["result"]["valid_exact_match"] if r["result"] else 0. for r in records]
         return sum(match)/len(match)
 
-    def chosen(self, relaxation, method, loss):
-        "The best trial; the first of equals"
-        scored = [(o, self.score(relaxation, method, loss, o)) for o in FIRST[relaxation][method]]
+    def chosen(self, relaxation, method, same):
+        "The best trial, with `same` in all; the first of equals"
+        def score(o): return o, self.score(relaxation, method, same | o)
+        scored = [score(o) for o in FIRST[relaxation][method]]
         first = max(scored, key=lambda o: o[1])[0]
         more = [first | dict(lr=o) for o in self.later] if len(scored) == 3 else []
-        scored += [(o, self.score(relaxation, method, loss, o)) for o in more]
+        scored += map(score, more)
         return max(scored, key=lambda o: o[1])[0]
 
     def go_through(self):
@@ -193,7 +198,8 @@ class Study:
         for relaxation, method, steps, seeds, more in islice(queue(), self.a.rows):
             what = f"{relaxation} {method} {more or ''} {steps} steps"
             name = f"{what}, seeds {seeds[0]}-{seeds[-1]}:"
-            try: setting = self.chosen(relaxation, method, more.get("loss", "bce_clamped"))
+            same = {k: more[k] for k in ("loss", "n") if k in more}
+            try: setting = self.chosen(relaxation, method, same)
             except Missing:
                 print(name, "trials to do"); continue
             tasks = self.tasks(relaxation, method, seeds, steps, **(setting | more))
@@ -227,7 +233,7 @@ class Paths(Study):
     def go_through(self):
         for samples, method, seeds in islice(path_queue(), self.a.rows):
             name = f"{samples} {'samples '*(samples != RELAXED)}{method}"
-            try: setting = self.chosen(samples, method, None)
+            try: setting = self.chosen(samples, method, {})
             except Missing:
                 print(f"{name}: trials to do"); continue
             tasks = self.tasks(samples, method, seeds, SHORT, **setting)
