@@ -363,13 +363,17 @@ def _recommend(p):
     if p.y.shape[1] == 1: return plain(
         ": with one output a Newton step is a rescaling.")
     if found["Newton direction"][0] >= _SAME: return plain(
-        ": on this batch the Newton direction is nearly the gradient.")
-    right = found["second derivative"] == "right" and single == "ok"
+        f": on this batch the Newton direction is nearly the gradient (cosine {_SAME} "
+        "or more).")
+    right, bold = found["second derivative"] == "right" and single == "ok", ""
     if right and p.y.shape[1] <= _FEW:
         beside.append((NewtonLoss, dict(curvature="hessian") | kw))
+        bold = (" The Hessian often gains more, and can end worse; try a "
+                "larger learning rate, too.")
     return OutputLoss, dict(direction=Whiten()) | kw, beside, (
-        "The Newton direction is another one than the gradient's. Whitening, the root "
-        "of a Newton step, is the careful way to use it.")
+        f"The Newton direction is another one than the gradient's (cosine below {_SAME})"
+        ". Whitening, the root of a Newton step, is the careful way to use it. "
+        "Normalising, without curvature, often does as well." + bold)
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)

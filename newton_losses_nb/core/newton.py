@@ -82,8 +82,14 @@ class OutputLoss(nn.Module):
 
     def directions(self, y:Float[Tensor, "*b N m"], *args, mask=None):
         "Losses and directions of the samples, zero for those that take no part"
-        with torch.no_grad(): b, D, _ = self._step(y, mask, args)
-        return b.loss.detach(), D
+        try:
+            with torch.no_grad(): b, D, _ = self._step(y, mask, args)
+        except RuntimeError as e:
+            if not torch._C._are_functorch_transforms_active(): raise
+            raise RuntimeError("directions: expected to run outside torch.func, whose "
+                               "vmap leading dimensions (*b, N, m) replace") from e
+        loss = b.loss.detach()
+        return loss if b.weight is None else loss.where(b.taken, 0), D
 
     def __getstate__(self): # For copies: without the last batch, and `accumulated`
         known = {k: v for k, v in vars(self).items() if k not in ("sent", "taking")}
