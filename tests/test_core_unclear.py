@@ -8,7 +8,8 @@ from reference import ce, close, data, run
 
 from newton_losses_nb import (
     Clip, DiagonalFisher, DiagonalHessian, Fisher, Hessian, Krylov, MovingAverage, NewtonLoss, OutputLoss,
-    PerSample, Remembering, SortingLoss, Whiten, Window, check_loss, inject_fisher, shortest_path)
+    PerSample, Remembering, SortingLoss, Whiten, Window, check_loss, inject_fisher, newton_direction, newton_target,
+    shortest_path)
 from newton_losses_nb.core.evidence import Batch
 from newton_losses_nb.paths.fenchel_young import Noise
 from newton_losses_nb.paths.smoothing import BlackboxLoss
@@ -53,6 +54,26 @@ def test_the_first_call_may_be_under_a_transform():
         first = torch.func.vmap(torch.func.grad(NewtonLoss(ce, curvature)))
         close(first(Y[None], T[None])[0], run(NewtonLoss(ce, curvature), Y, T)[1])
 
+@pytest.mark.parametrize("find", [lambda y: NewtonLoss(ce).directions(y, T), lambda y: newton_direction(ce, y, T),
+                                  lambda y: newton_target(ce, y, T)])
+def test_directions_are_not_for_torch_func(find):
+    with pytest.raises(RuntimeError, match="expected to run outside torch.func, whose vmap leading"):
+        torch.func.vmap(find)(torch.stack([Y, 2*Y]))
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "gradient"])
+def test_losses_of_left_out_samples_are_zero(on_nonfinite):
+    "Outputs, a loss, an argument and a mask may leave a sample out"
+    square = lambda y, t: (y - t).square().sum(1)
+    y, t = torch.ones(4, 2), torch.full((4, 2), 5.)
+    for spoil in (y[1], t[1]):
+        kept = spoil.clone()
+        spoil[0] = torch.nan
+        close(newton_direction(square, y, t, on_nonfinite=on_nonfinite)[0], torch.tensor([32., 0., 32., 32.]))
+        spoil.copy_(kept)
+    mask = torch.ones_like(y) > 0
+    mask[2] = False
+    close(newton_direction(square, y, t, mask=mask)[0], torch.tensor([32., 32., 0., 32.]))
+
 # ---------------------------------------------------------------- sentences
 
 SENTENCES = {
@@ -67,7 +88,9 @@ SENTENCES = {
     "expected sums of second derivatives full, got None": lambda: loaded(Remembering(Hessian(), Window(2))),
     "sigma: expected": lambda: Noise(sigma=True), "samples: expected": lambda: Noise(samples=True),
     "lam: expected": lambda: BlackboxLoss(lambda y: y, ce, True),
-    "path around the walls": lambda: shortest_path(wall(4))}
+    "path around the walls": lambda: shortest_path(wall(4)),
+    "eigenvalues: expected none with a Fisher": lambda: NewtonLoss(ce, eigenvalues="abs"),
+    r"then sums and their dimensions, \(\(4,\), \{'rows': 2\}\), got": lambda: changed(Fisher(.1))}
 
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_sentences(sentence):
@@ -78,6 +101,12 @@ def loaded(direction):
     run(first, Y, T)
     second.load_state_dict(first.state_dict())
     run(second, Y, T)
+
+def changed(direction):
+    loss = OutputLoss(ce, Remembering(direction, Window(2)))
+    run(loss, Y, T)
+    direction.lam = "auto"
+    run(loss, Y, T)
 
 def wall(length):
     cost = torch.ones(1, 4, 4)
@@ -144,7 +173,8 @@ makes = [Fisher, lambda lam: Hessian(lam, "abs"), DiagonalFisher, DiagonalHessia
          lambda lam: Clip(1), lambda lam: Normalize(), lambda lam: Direction()]
 kinds = [dict(), dict(on_nonfinite="skip"), dict(chunk_size=4, on_nonfinite="gradient")]
 x = lambda: y.clone().requires_grad_()
-for make, lam in itertools.product(makes, lams): OutputLoss(ce, make(lam))(x(), t).backward()
+for make, lam in itertools.product(makes, lams):
+    for N in (6, 3): OutputLoss(ce, make(lam))(x()[:N], t[:N]).backward()
 for (make, kw), fn in itertools.product(zip(makes, kinds*6), (ce, Own())):
     d = make("auto")
     loss = OutputLoss(fn, d, **kw)

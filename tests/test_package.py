@@ -1,5 +1,6 @@
 """The package as it is installed: light to import, clear without its extra, in step with its commands."""
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -8,6 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from newton_losses_nb import ClippedLoss, NewtonLoss, OutputLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +47,26 @@ def test_lines_of_the_core(module):
     "At most 100 characters, but for what nbdev writes: the docstring of the module and its list of names"
     cells = (PACKAGE/module).read_text(encoding="utf-8").split("\n# %% ")
     assert not [line for cell in cells[2:] for line in cell.splitlines() if len(line) > 100]
+
+def test_names_of_the_core():
+    "At most 40, without `check_loss` and the adapters"
+    modules = [importlib.import_module(f"newton_losses_nb.core.{m}") for m in ("derivatives", "evidence", "solves", "directions", "newton", "more")]
+    assert len([n for m in modules for n in m.__all__]) <= 40
+
+@pytest.mark.parametrize("make", [NewtonLoss, lambda f: NewtonLoss(f, lam=.1), ClippedLoss, OutputLoss])
+def test_calls_of_a_step(make):
+    "At most 35 functions of the package are called, 8 deep"
+    loss, y, depth, calls = make(lambda y: y.square().sum(1)), torch.randn(100, 5).requires_grad_(), 0, []
+    def count(frame, event, _):
+        nonlocal depth
+        if not frame.f_code.co_filename.startswith(str(PACKAGE)): return
+        depth += {"call": 1, "return": -1}.get(event, 0)
+        if event == "call": calls.append(depth)
+    loss(y).backward()
+    sys.setprofile(count)
+    try: loss(y).backward()
+    finally: sys.setprofile(None)
+    assert 10 < len(calls) <= 35 and max(calls) <= 8
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.split("/")[0] in ("lab", "paths", "sorting")])
 def test_lines_and_parameters(module):

@@ -368,12 +368,12 @@ def _recommend(p):
     right, bold = found["second derivative"] == "right" and single == "ok", ""
     if right and p.y.shape[1] <= _FEW:
         beside.append((NewtonLoss, dict(curvature="hessian") | kw))
-        bold = (" The Hessian often gains more, and can end worse; try a "
-                "larger learning rate, too.")
+        bold = (" The Hessian often gains more and can end worse; try a larger "
+                "learning rate, too.")
     return OutputLoss, dict(direction=Whiten()) | kw, beside, (
-        f"The Newton direction is another one than the gradient's (cosine below {_SAME})"
-        ". Whitening, the root of a Newton step, is the careful way to use it. "
-        "Normalising, without curvature, often does as well." + bold)
+        "The Newton direction is another one than the gradient's (cosine below "
+        f"{_SAME}). Whitening, the root of a Newton step, is the careful way to use "
+        "it. Normalising, without curvature, often does as well." + bold)
 
 # %% ../../nbs/core/07_check.ipynb #d3e1a251
 @dataclass(repr=False)

@@ -70,7 +70,7 @@ class OutputLoss(nn.Module):
         functional = torch._C._are_functorch_transforms_active()
         wanted = getattr(y, "requires_grad", False) and torch.is_grad_enabled()
         if not (functional or wanted): return self._plain(y, mask, args)
-        if functional: self._check_gradients(args)
+        if functional: self._check_call(y, mask, args)
         base = _Send if functional else super(torch.autograd.Function, _Send)
         value = base.apply(y, self, mask, *args)[0]
         b = self.__dict__.pop("batch", None)
@@ -115,15 +115,15 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     group, memory = Group(self.group), None if self.shared else self.direction.memory
     observe = partial(self._observe, y, mask, args)
     def alike(_): return *y.shape[:-2], y.shape[-1], len(getattr(memory, "past", ()))
-    b, e = group.together(observe, getattr(y, "device", "cpu"), alike)
+    alone, device = group.size == 1, getattr(y, "device", "cpu")
+    b, e = observe() if alone else group.together(observe, device, alike)
     if self.shared: e = self.shared
-    elif type(e) is not tuple: e = e.pooled(group)   # a tuple: of `PerSample`
-    def directions():
-        known, past = memory(e) if memory else (e, None)
-        return self._directions(known, b, mask, y), known, past
-    D, e, past = group.together(directions, y.device)
+    elif not (alone or type(e) is tuple): e = e.pooled(group) # a tuple: of `PerSample`
+    if memory: e, past = group.together(partial(memory, e), device)
+    find = partial(self._directions, e, b, mask, y)
+    D = find() if alone else group.together(find, device)
     if memory and remember: self._remember(e, past)
-    shared = b.weight is not None or group.size > 1
+    shared = b.weight is not None or not alone
     n = nonzero(group.add(b.n)/group.size) if shared else None
     part = n if n is None else (n, None if b.weight is None else b.taken)
     self.__dict__.update(sent=(b.G, D), taking=part) # how many take part, and which
@@ -220,7 +220,7 @@ def _directions(self:OutputLoss, e, b, mask, y):
     raises, find = self.on_nonfinite == "raise", self.direction
     kind = torch.promote_types(y.dtype, torch.float32)    # in which they are sent
     if not b.G.shape[-2] and find.second != "products": return b.G  # all share in those
-    quick = raises and not find.hooked and find.quick
+    quick = raises and mask is None and find.quick
     for find in (quick, find) if quick else (find,):
         D = find(e, b.G, mask)
         if b.weight is not None: D = D.where(b.weight > 0, 0)
@@ -292,7 +292,8 @@ class _Send(_Once):
         y, D = ctx.saved_tensors
         y = ctx.y if y is None else y
         D = (g if g.ndim == 0 else g[..., None, None])*D
-        return _once(D.to(y.dtype), y), *ctx.others
+        D = D.to(y.dtype)
+        return _Once.apply(D, y) if torch.is_grad_enabled() else D, *ctx.others
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -398,11 +399,13 @@ def _own(self:OutputLoss, b, y, mask, args):
         if not len(bad) or not bad.any(): return _mean(loss, b, n)
         return self._plain(y, mask, args, self.taking, loss.detach())
     ids, learns = self.learns
-    found, among = getattr(f, "derivatives", None), Group(self.group).size > 1
+    found = getattr(f, "derivatives", None)
     its_own = getattr(found, "__self__", None) is f # no wrapper's
     fixed = its_own and getattr(found, "learns", True) is False
     again = found is not None and not fixed
-    wanted = [p for p in named(f, args) if p.requires_grad] if again or among else ()
+    among = n is not None and Group(self.group).size > 1
+    if not (again or among): return loss
+    wanted = [p for p in named(f, args) if p.requires_grad]
     leaves = [p for p in wanted if p.is_leaf]
     if among and leaves and not b.n.any():           # all processes want a gradient
         return sum(p.flatten()[:0].abs().sum() for p in leaves)
@@ -414,22 +417,17 @@ def _own(self:OutputLoss, b, y, mask, args):
     return self._plain(y, mask, args, self.taking) if known else loss
 
 @patch
-def _check_gradients(self:OutputLoss, args):
-    "Raise if something other than the outputs is to be differentiated"
+def _check_call(self:OutputLoss, y, mask, args):
+    "Raise for arguments of the wrong kind, or that are to be differentiated as well"
+    check_outputs(y, mask)
     for i, a in enumerate(args):
         if isinstance(a, Tensor) and a.requires_grad: raise ValueError(
             f"args[{i}]: expected no gradient, since only y is sent one; detach it")
-    if not torch._C._are_functorch_transforms_active(): return
-    tracked = torch._C._functorch.is_gradtrackingtensor
-    if any(tracked(p) and p.requires_grad for p in named(self.loss_fn, args)):
-        raise RuntimeError("loss_fn: its parameters have a gradient by backward(), but "
-                           "torch.func can differentiate for y only")
-
-@patch
-def _check_call(self:OutputLoss, y, mask, args):
-    "Raise for arguments of the wrong kind"
-    check_outputs(y, mask)
-    self._check_gradients(args)
+    if torch._C._are_functorch_transforms_active():
+        tracked = torch._C._functorch.is_gradtrackingtensor
+        if any(tracked(p) and p.requires_grad for p in named(self.loss_fn, args)):
+            raise RuntimeError("loss_fn: its parameters have a gradient by backward(), "
+                               "but torch.func can differentiate for y only")
     if torch.autograd.forward_ad.unpack_dual(y).tangent is not None: _Once.jvp(None)
     reads = self.on_nonfinite == "raise" and y.is_cuda
     if reads and torch.cuda.is_current_stream_capturing(): raise RuntimeError(
@@ -500,6 +498,9 @@ class NewtonLoss(OutputLoss):
             if isinstance(curvature, type): raise TypeError(
                 f"curvature: expected a direction, such as Whiten(), got {curvature}")
             hessian = choice("curvature", curvature, ("fisher", "hessian")) == "hessian"
+            if not hessian and eigenvalues != "raw": raise ValueError(
+                "eigenvalues: expected none with a Fisher, which has no negative ones, "
+                f"got {eigenvalues!r}")
             direction = Hessian(lam, eigenvalues) if hessian else Fisher(lam)
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
             f"curvature: expected no lam and eigenvalues with {curvature!r}, "
