@@ -43,7 +43,7 @@ FIRST["neural_sort"] = FIRST["soft_sort"] | dict(
     fisher=lams(1e-2, .1, 1.), scalar=lams(1e-2, .1, 1.), hessian=lams(1., 10., 100.),
     clip=norms(.3, 1., 3.))
 FIRST["logistic"] = FIRST["cauchy"] = {m: FIRST["neural_sort"][m] for m in (
-    "none", "fisher", "default", "whiten", "scalar", "rms", "clip", "clip_grad")}
+    "none", "fisher", "default", "whiten", "scalar", "rms", "clip", "clip_grad", "hessian")}
 
 def at(name, *values): return [dict(lr=3e-3, **{name: o}) for o in values]
 PATH_RATES = RATES[1:4] + [RATES[0], RATES[4]]

@@ -89,7 +89,6 @@ SENTENCES = {
     "sigma: expected": lambda: Noise(sigma=True), "samples: expected": lambda: Noise(samples=True),
     "lam: expected": lambda: BlackboxLoss(lambda y: y, ce, True),
     "path around the walls": lambda: shortest_path(wall(4)),
-    "eigenvalues: expected none with a Fisher": lambda: NewtonLoss(ce, eigenvalues="abs"),
     r"then sums and their dimensions, \(\(4,\), \{'rows': 2\}\), got": lambda: changed(Fisher(.1))}
 
 @pytest.mark.parametrize("sentence", SENTENCES)

@@ -498,9 +498,6 @@ class NewtonLoss(OutputLoss):
             if isinstance(curvature, type): raise TypeError(
                 f"curvature: expected a direction, such as Whiten(), got {curvature}")
             hessian = choice("curvature", curvature, ("fisher", "hessian")) == "hessian"
-            if not hessian and eigenvalues != "raw": raise ValueError(
-                "eigenvalues: expected none with a Fisher, which has no negative ones, "
-                f"got {eigenvalues!r}")
             direction = Hessian(lam, eigenvalues) if hessian else Fisher(lam)
         elif lam != "auto" or eigenvalues != "raw": raise ValueError(
             f"curvature: expected no lam and eigenvalues with {curvature!r}, "
