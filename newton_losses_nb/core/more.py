@@ -47,8 +47,9 @@ class _Memory(nn.Module):
     def recall(self, e:Evidence) -> list[Evidence]:
         "What is remembered, on the device of new evidence and of its kind"
         def kind(e):
-            own = () if e.square is None else tuple(e.square.shape)
-            return own, {k: x.ndim for k, x in zip(e._fields[4:], e[4:]) if x is not None}
+            own, sums = e.square, zip(e._fields[4:], e[4:])
+            sums = {k: x.ndim for k, x in sums if x is not None}
+            return () if own is None else tuple(own.shape), sums
         if {*map(str, map(kind, self.past))} - {str(kind(e))}: raise ValueError(
             "memory: expected evidence like that remembered, leading dimensions and "
             f"outputs, then sums and their dimensions, {kind(self.past[0])}, got "
