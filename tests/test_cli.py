@@ -90,7 +90,8 @@ def test_conclusion():
     ("sorting --seeds 3-1", "seeds: expected ranges upwards, got 3-1"), ("sorting --relaxations ,", "relaxations: expected at least one"),
     ("paths --samples ,", "samples: expected at least one"), ("sorting --comparators foo", "comparators: expected one of odd_even, bitonic"),
     ("sorting --loss mse", "loss: expected one of bce, cross_entropy, bce_clamped"), ("sorting --steps ²", "steps: expected a whole number, at least 1, got '²'"),
-    ("sorting --seeds 99999999999999999999,", "seed: expected a whole number, at least 0 and below 9.0072e+15, got 99999999999999999999"), ("paths --size 1 --dry-run", "size: expected a whole number, at least 2")])
+    ("sorting --seeds 99999999999999999999,", "seed: expected a whole number, at least 0 and below 9.0072e+15, got 99999999999999999999"), ("paths --size 1 --dry-run", "size: expected a whole number, at least 2"),
+    ("sorting --out=", "out: expected a value, got ''"), ("sorting --data-dir=", "data_dir: expected a value, got ''")])
 def test_the_option_that_is_wrong_is_named(line, says, capsys):
     assert cli.nl_bench(line.split()) == 2
     assert f"nl_bench: {says}" in capsys.readouterr().err
@@ -123,6 +124,9 @@ def test_a_dry_run_after_a_kill(tmp_path, capsys):
     assert cli.nl_bench(few) == 0 and "0 finished" in capsys.readouterr().out
     assert cli.nl_bench([*few, "--lam", "geometric"]) == 2
     assert "expected a rule that is still there, typical or auto, got geometric" in capsys.readouterr().err
+    for lam in ("auto", "typical"):
+        assert cli.nl_bench([*few, "--lam", lam]) == 0
+        assert ("auto is the rule of version 0.1" in capsys.readouterr().out) == (lam == "auto")
 
 @pytest.mark.parametrize("given, said", [("--seeds 5-3,1", "seeds: expected ranges upwards, got 5-3"), ("--n 99999999999999999999", "below 9.0072e+15"),
                                          ("--batch 1000000000000000 --seeds 1 --methods none --relaxations neural_sort --engine local", "not enough memory for a batch")])

@@ -295,7 +295,12 @@ def nl_bench(argv:list|None=None) -> int: # Exit code
         args, unknown = _parser().parse_known_args(argv)
         if unknown: raise ValueError(f"{unknown[0]}: no such option; "
                                      f"nl_bench {args.name} --help lists them")
-        _run_grid(**vars(args))
+        given = vars(args)
+        for k, v in given.items():
+            if v == "": raise ValueError(f"{k}: expected a value, got ''")
+        if given.get("lam") == "auto": print(
+            "lam: auto is the rule of version 0.1; that of NewtonLoss is typical")
+        _run_grid(**given)
     return _call("nl_bench", run)
 
 def nl_report(argv:list|None=None) -> int: # Exit code
