@@ -590,7 +590,7 @@ def test_a_memory_of_other_leading_dimensions(make, memory):
     y, loss = torch.randn(3, 6, 3, dtype=torch.double), NewtonLoss(bent, Remembering(make(), memory))
     sent(loss, y, y + 1)
     for other in (y[:1], y[:2], y[0]):
-        with pytest.raises(ValueError, match=r"memory: expected evidence like that remembered, leading dimensions and outputs \(\(3, 3\)"): sent(loss, other, other + 1)
+        with pytest.raises(ValueError, match=r"memory: expected evidence like that remembered, leading dimensions and outputs, then sums and their dimensions, \(\(3, 3\)"): sent(loss, other, other + 1)
 
 @pytest.mark.parametrize("shape", [(64, 4), (100, 10)])
 def test_honest_kinks_are_not_refused(shape):

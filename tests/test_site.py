@@ -50,9 +50,9 @@ def test_what_quarto_would_not_show_is_reported(tool):
 def test_sources_are_lists_of_lines(tool):
     "Quarto joins the lines of a source that is one string: a whole cell becomes its heading"
     site = tool('site')
-    cell = dict(cell_type='markdown', source='# Title\n\n$$a=b$$ {#eq-one}\n\nSee [[`f`](https://a.example/f.html#f)](f.ipynb), [`gram`](https://a.example/f.html#gram), [`_g`](https://a.example/f.html#_g), [`unseen`](https://a.example/f.html#unseen).')
+    cell = dict(cell_type='markdown', source='# Title\n\n$$a=b$$ {#eq-one}\n\nSee [[`f`](https://a.example/f.html#f)](f.ipynb), [`derivatives`](https://a.example/f.html#derivatives), [`_g`](https://a.example/f.html#_g), [`unseen`](https://a.example/f.html#unseen).')
     site.polish(cell, set(), set())
-    assert cell['source'] == ['# Title\n', '\n', '$$a=b$$ {#eq-one}\n', '\n', 'See [`f`](f.ipynb), [`gram`](https://a.example/f.html#gram), `_g`, `unseen`.']
+    assert cell['source'] == ['# Title\n', '\n', '$$a=b$$ {#eq-one}\n', '\n', 'See [`f`](f.ipynb), [`derivatives`](https://a.example/f.html#derivatives), `_g`, `unseen`.']
     index = dict(cell_type='code', source='Markdown(names)', outputs=[dict(data={'text/markdown': '- [[`f`](https://a.example/f.html#f)](f.ipynb): first'})])
     site.polish(index, set(), set())
     assert index['outputs'][0]['data']['text/markdown'] == ['- [`f`](f.ipynb): first']
