@@ -1679,6 +1679,18 @@ def test_hooks_on_a_direction_run(make):
     assert len(seen) == 1
 
 
+class Sevenfold(Direction):
+    "Has a quick way of its own, seven times the gradient"
+    def quick(self, e, G, mask=None): return 7*G
+
+def test_hooks_run_on_a_direction_that_has_a_quick_way():
+    y, t = pair()
+    plain, loss = sent_back(OutputLoss(quartic, Direction()), y, t), OutputLoss(quartic, Sevenfold())
+    assert_close(sent_back(loss, y, t), 7*plain)
+    loss.direction.register_forward_hook(lambda m, args, D: 2*D)
+    assert_close(sent_back(loss, y, t), 2*plain)
+
+
 @pytest.mark.parametrize("lam", [.1, 1e-9])
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Remembering(d, Window(2)), PerSample])
 def test_a_function_for_lam_is_called_once(lam, wrap):

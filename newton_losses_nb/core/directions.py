@@ -111,7 +111,7 @@ class Fisher(Damped):
     @Derived
     def quick(self):
         plain = type(self) is Fisher and self.power == 1 and self.lam != "auto"
-        return None if not plain or callable(self.lam) or self.hooked else self._quick
+        return None if not plain or callable(self.lam) else self._quick
 
     def _quick(self, e, G, mask=None):
         lam, _ = damping(self.lam, e)

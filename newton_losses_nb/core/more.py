@@ -101,7 +101,7 @@ class Remembering(Direction):
     second = Derived(lambda self: self.direction.second)
     @Derived
     def quick(self):
-        plain = type(self) is Remembering and not self.hooked
+        plain = type(self) is Remembering and not self.direction.hooked
         return self.direction.quick if plain else None
 
     def reset(self):

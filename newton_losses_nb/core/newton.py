@@ -221,7 +221,7 @@ def _directions(self:OutputLoss, e, b, mask, y):
     kind = torch.promote_types(y.dtype, torch.float32)    # in which they are sent
     if not b.G.shape[-2] and find.second != "products": return b.G  # all share in those
     quick = raises and mask is None and find.quick
-    for find in (quick, find) if quick else (find,):
+    for find in (quick, find) if quick and not find.hooked else (find,):
         D = find(e, b.G, mask)
         if b.weight is not None: D = D.where(b.weight > 0, 0)
         sent = D.to(kind)
