@@ -1,4 +1,4 @@
-"""Where the paper's gains come from: sorting ten numbers with `nn.BCELoss`, method by method.
+"""Where the paper's gains come from: sorting ten numbers, or five, with `nn.BCELoss`.
 
     python benchmarks/hard.py list --data-dir mnist    what is finished, and what is to do
     python benchmarks/hard.py run --data-dir mnist     goes on with what is to do, in this order

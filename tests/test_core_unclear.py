@@ -62,7 +62,7 @@ def test_directions_are_not_for_torch_func(find):
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "gradient"])
 def test_losses_of_left_out_samples_are_zero(on_nonfinite):
-    "Outputs, a loss, an argument and a mask may leave a sample out"
+    "Outputs, an argument and a mask may leave a sample out"
     square = lambda y, t: (y - t).square().sum(1)
     y, t = torch.ones(4, 2), torch.full((4, 2), 5.)
     for spoil in (y[1], t[1]):
