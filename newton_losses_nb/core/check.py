@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .derivatives import (
-    check_outputs, derivatives, unseen, widened)
+    check_outputs, derivatives, trial, widened)
 from .evidence import Batch
 from .directions import Fisher, Whiten
 from .newton import (
@@ -43,7 +43,7 @@ class _Probe:
     def call(self, f, y):
         "`f` on copies, with global generators at 0; afterwards all noise is as before"
         args = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
-        with unseen(self.loss_fn, self.args):
+        with trial(self.loss_fn, self.args):
             torch.manual_seed(0), random.seed(0)
             if "numpy" in sys.modules: sys.modules["numpy"].random.seed(0)
             with torch.enable_grad():                # outputs as in training

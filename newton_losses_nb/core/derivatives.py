@@ -164,7 +164,7 @@ def _states(f, args, limit=10_000):
         if isinstance(o, kinds): yield o.__getstate__, o.__setstate__
 
 @contextlib.contextmanager
-def unseen(f=None, args=()):
+def trial(f=None, args=()):
     "A context for a trial of `f`: no checkpoint sees it, and it leaves nothing behind"
     own = torch._C._autograd                         # torch.func wants no hooks
     known = getattr(own, "_top_saved_tensors_default_hooks", lambda _: True)(True)
@@ -256,7 +256,7 @@ def _check_second(loss_fn, y, args, G, products):
         kink = length(sides[0][0] - sides[0][1])
         return once, sum(length(o - once) for o in others) + kink, 1e2*h**2*length(G)
     seen = products(v[None])[0]                      # before another call of the loss
-    with unseen(loss_fn, args):
+    with trial(loss_fn, args):
         for most, kind in ((.01, torch.double), (.5, y.dtype)):
             with contextlib.suppress(Exception):     # large steps, across many kinks
                 once, doubt, noise = changes(x := y.to(kind))

@@ -27,14 +27,14 @@ class Batch(NamedTuple):
     weight: Float[Tensor, "*b N m"]|None=None # 1: an output that takes part; None: all
 
     @property
-    def taken(self) -> Bool[Tensor, "*b N"]:
+    def present(self) -> Bool[Tensor, "*b N"]:
         "Which samples take part"
         return self.weight.any(-1)
 
     @property
     def n(self) -> Float[Tensor, "*b"]:
         "How many samples take part"
-        if self.weight is not None: return self.taken.sum(-1).to(self.G)
+        if self.weight is not None: return self.present.sum(-1).to(self.G)
         return self.G.new_full(self.G.shape[:-2], self.G.shape[-2])
 
 # %% ../../nbs/core/02_evidence.ipynb #6ea0b002
@@ -197,8 +197,8 @@ class Group:
         try: mark = zlib.crc32(repr(alike(result := work())).encode())
         except Exception as e: error, mark = e, 0
         own = bool(error) + isinstance(error, kinds[1:]) + isinstance(error, kinds[2])
-        told = torch.tensor([own, mark, -mark], device=device)
-        worst, most, least = self.add(told, "MAX").tolist()
+        flags = torch.tensor([own, mark, -mark], device=device)
+        worst, most, least = self.add(flags, "MAX").tolist()
         if own and (own, worst) != (2, 3): raise error
         if worst: raise kinds[worst - 1](
             "y: expected finite numbers, an invertible C + λI and no error; see the "

@@ -137,20 +137,20 @@ def conjugate_gradient(
     size = b.abs().amax(-1, keepdim=True).clamp_min(tiny)
     b, lam = b/size, lam.unsqueeze(-1)
     x, r, p, rr = torch.zeros_like(b), b, b, dot(b, b)
-    norm, live, negative, n = rr, rr > 0, rr < 0, 0
-    while n < max_iter and (tol == 0 or live.any()):
+    norm, active, negative, n = rr, rr > 0, rr < 0, 0
+    while n < max_iter and (tol == 0 or active.any()):
         Ap, n = product(p) + lam*p, n + 1
         pp, pAp = dot(p, p), dot(p, Ap)
-        down = live & (pAp <= eps*(pp*dot(Ap, Ap)).sqrt())
+        down = active & (pAp <= eps*(pp*dot(Ap, Ap)).sqrt())
         if n == 1:
             curved = (pAp/pp - lam).abs() + lam
             x = (b/curved.masked_fill(curved <= tiny, torch.nan)).where(down, x)
-        negative, live = negative | down, live & ~down
-        step = (rr/pAp).where(live, 0)
-        x, r = x + step*p, (r - step*Ap).where(live, r)
-        new = dot(r, r).where(live, rr)
-        p, rr = (r + new/rr*p).where(live, p), new
-        live = live & (new > tol**2*norm)
+        negative, active = negative | down, active & ~down
+        step = (rr/pAp).where(active, 0)
+        x, r = x + step*p, (r - step*Ap).where(active, r)
+        new = dot(r, r).where(active, rr)
+        p, rr = (r + new/rr*p).where(active, p), new
+        active = active & (new > tol**2*norm)
     residual = (rr/norm.clamp_min(tiny)).sqrt()
     return _CGResult(x*size, residual[..., 0], negative[..., 0], n)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .derivatives import (
     NonFiniteError, check_outputs, derivatives, exactly, named, of_samples,
-    random_signs, sample_losses, unseen, widened)
+    random_signs, sample_losses, trial, widened)
 from .directions import Clip, Direction, Fisher, Hessian
 from .directions import Normalize, Scalar
 from .evidence import Batch, Group, SingularError, nonzero
@@ -89,10 +89,10 @@ class OutputLoss(nn.Module):
             raise RuntimeError("directions: expected to run outside torch.func, whose "
                                "vmap leading dimensions (*b, N, m) replace") from e
         loss = b.loss.detach()
-        return loss if b.weight is None else loss.where(b.taken, 0), D
+        return loss if b.weight is None else loss.where(b.present, 0), D
 
     def __getstate__(self): # For copies: without the last batch, and `accumulated`
-        known = {k: v for k, v in vars(self).items() if k not in ("sent", "taking")}
+        known = {k: v for k, v in vars(self).items() if k not in ("sent", "present")}
         return known | {"shared": None, "padded": False}
 
     def __deepcopy__(self, memo): # With the same group of processes
@@ -125,8 +125,8 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     if memory and remember: self._remember(e, past)
     shared = b.weight is not None or not alone
     n = nonzero(group.add(b.n)/group.size) if shared else None
-    part = n if n is None else (n, None if b.weight is None else b.taken)
-    self.__dict__.update(sent=(b.G, D), taking=part) # how many take part, and which
+    part = n if n is None else (n, None if b.weight is None else b.present)
+    self.__dict__.update(sent=(b.G, D), present=part) # how many take part, and which
     self.checked = self.judged
     D = D.to(torch.promote_types(y.dtype, torch.float))
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
@@ -150,16 +150,16 @@ def _observe(self:OutputLoss, y, mask, args):
     own, (*lead, N, _) = self._of_samples(y, mask, args), y.shape
     size = N if self.chunk_size is None else self.chunk_size//max(1, math.prod(lead))
     size = max(size, 1)
-    def piece(i, n=size):
+    def chunk(i, n=size):
         cut = lambda a: None if a is None else a.narrow(len(lead), i, min(n, N - i))
         return cut(y), cut(mask), [cut(a) if o else a for a, o in zip(args, own)]
     if size >= N: return self._batch(y, mask, args, own)
     if size == 1 and not self.checked:
-        with unseen(self.loss_fn, args):
-            self._batch(*piece(0, 2), own)           # two samples
+        with trial(self.loss_fn, args):
+            self._batch(*chunk(0, 2), own)           # two samples
             judged = self.judged
         self.judged = judged
-    parts, seen = zip(*(self._batch(*piece(i), own) for i in range(0, N, size)))
+    parts, seen = zip(*(self._batch(*chunk(i), own) for i in range(0, N, size)))
     join = lambda *x: None if x[0] is None else torch.cat(x, len(lead))
     with torch.enable_grad(): b = Batch(*map(join, *parts))  # losses may learn
     return b, None if self.shared else sum(seen[1:], seen[0])
@@ -307,7 +307,7 @@ class _Send(_Once):
 
 def _mean(loss, b, n=None):
     "Mean of the losses of the samples in `b` that take part; zero if there are none"
-    if b.weight is not None: loss = loss.where(b.taken, 0)
+    if b.weight is not None: loss = loss.where(b.present, 0)
     elif n is None: return loss.mean(-1)
     return (loss.sum(-1)/(nonzero(b.n) if n is None else n)).to(loss)
 
@@ -337,16 +337,16 @@ def _of_samples(self:OutputLoss, y, mask, args):
             if not x.is_inference(): x.requires_grad_()
             with torch.enable_grad(), exactly(y.device):
                 return sample_losses(self.loss_fn, x, *some, mask=real).detach()
-        whole, again = losses(0, N), losses(0, N)
-        small = 1e-6*whole.abs().nan_to_num().amax().item()
-        with contextlib.suppress(RuntimeError):      # shapes that fit the whole only
+        full, again = losses(0, N), losses(0, N)
+        small = 1e-6*full.abs().nan_to_num().amax().item()
+        with contextlib.suppress(RuntimeError):      # shapes that fit all samples only
             parts = torch.cat([losses(0, half), losses(half, N)])
-            if torch.allclose(whole, parts, 1e-3, small, True): return False
-        return torch.equal(whole, again)
-    with unseen(self.loss_fn, args): found = changes(mask)
-    if mask is not None and not found:               # whole and parts were both cut
+            if torch.allclose(full, parts, 1e-3, small, True): return False
+        return torch.equal(full, again)
+    with trial(self.loss_fn, args): found = changes(mask)
+    if mask is not None and not found:               # both were cut
         y = y.where(mask, 0)                         # not every loss takes padding
-        with contextlib.suppress(Exception), unseen(self.loss_fn, args):
+        with contextlib.suppress(Exception), trial(self.loss_fn, args):
             found = changes(None)
     if found: raise ValueError(
         ", ".join(f"args[{i}]" for i, o in enumerate(own) if o or not any(own))
@@ -364,14 +364,14 @@ def _plain(self:OutputLoss, y, mask, args, part=None, known=None):
     own, lead = self._of_samples(y, mask, args), y.shape[:-1]
     y, mask, *args = _flat(y.detach(), mask, args, own)
     real = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-    n, taken = part or (None, None)
-    if taken is not None: real = real & taken.reshape(-1, 1)
+    n, present = part or (None, None)
+    if present is not None: real = real & present.reshape(-1, 1)
     with exactly(y.device):
         same = False
         with contextlib.suppress(Exception):         # without those that are left out
             if known is not None:
                 loss = sample_losses(self.loss_fn, y, *args, mask=real)
-                at = taken.flatten()
+                at = present.flatten()
                 same = torch.allclose(loss[at], known.flatten()[at])
         if not same:                                 # or what may not be cut
             loss = sample_losses(self.loss_fn, y, *args, mask=mask)
@@ -392,12 +392,12 @@ def _plain(self:OutputLoss, y, mask, args, part=None, known=None):
 @patch
 def _own(self:OutputLoss, b, y, mask, args):
     "The mean with a graph to what else than `y` wants a gradient, such as parameters"
-    f, loss, (n, taken) = self.loss_fn, b.loss, self.taking or (None, None)
+    f, loss, (n, present) = self.loss_fn, b.loss, self.present or (None, None)
     if loss.requires_grad:
-        bad = () if self.on_nonfinite == "raise" else ~taken
+        bad = () if self.on_nonfinite == "raise" else ~present
         if len(bad) and mask is not None: bad = bad & mask.any(-1)
         if not len(bad) or not bad.any(): return _mean(loss, b, n)
-        return self._plain(y, mask, args, self.taking, loss.detach())
+        return self._plain(y, mask, args, self.present, loss.detach())
     ids, learns = self.learns
     found = getattr(f, "derivatives", None)
     its_own = getattr(found, "__self__", None) is f # no wrapper's
@@ -411,10 +411,10 @@ def _own(self:OutputLoss, b, y, mask, args):
         return sum(p.flatten()[:0].abs().sum() for p in leaves)
     now = [*map(id, leaves), len(wanted)]
     if again and wanted and ids != now and b.n.any():
-        with unseen(f, args): learns = self._plain(y, mask, args).requires_grad
+        with trial(f, args): learns = self._plain(y, mask, args).requires_grad
         self.learns = now, learns                    # f may know self, and put it back
     known = again and wanted and learns
-    return self._plain(y, mask, args, self.taking) if known else loss
+    return self._plain(y, mask, args, self.present) if known else loss
 
 @patch
 def _check_call(self:OutputLoss, y, mask, args):

@@ -270,7 +270,7 @@ class _Complete(Direction):
 
     def observe(self, b):
         "Also notes whether all samples take part"
-        self.found = b.taken.all(-1)
+        self.found = b.present.all(-1)
         return self.direction.observe(b)
 
     def forward(self, e, G, mask=None):

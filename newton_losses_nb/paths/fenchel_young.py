@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..core.derivatives import (
-    check_outputs, check_same_shape, of_samples, unseen, widened)
+    check_outputs, check_same_shape, of_samples, trial, widened)
 from ..core.solves import choice, number, positive
 
 # %% ../../nbs/paths/02_fenchel_young.ipynb #48d03df3
@@ -154,7 +154,7 @@ def check_rows(name, algorithm, y, args=()):
     def first(n):
         some = [a[:n] if o else a for a, o in zip(args, own)]
         return call(name, algorithm, y[:n, None], some)[0].double()
-    with contextlib.suppress(Exception), unseen(algorithm, args):
+    with contextlib.suppress(Exception), trial(algorithm, args):
         pair, again, alone = first(2), first(2), first(1)
         near = torch.allclose(pair, alone, 1e-3, equal_nan=True)
         changes = torch.equal(pair, again) and not near
