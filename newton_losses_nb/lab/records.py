@@ -7,11 +7,11 @@ __all__ = ['run_key', 'environment', 'append_run', 'only_writer', 'read_runs', '
            'nl_colab']
 
 # %% ../../nbs/lab/02_records.ipynb #5502efd5
-import contextlib, functools, hashlib, json, os, platform, re, shutil, subprocess
-import sys, warnings
+import contextlib, functools, hashlib, json, os, platform, re, shutil, sys, warnings
 from pathlib import Path
 
 import torch
+from fastcore.xtras import run
 
 import newton_losses_nb
 
@@ -27,14 +27,11 @@ def run_key(
 # %% ../../nbs/lab/02_records.ipynb #0ce8ee51
 @functools.cache                     # of the code as it was imported
 def _git_commit():
-    def git(*a):
-        here = ['git', '-C', str(Path(newton_losses_nb.__file__).parent)]
-        return subprocess.run([*here, *a], capture_output=True, text=True, timeout=10)
-    try:
-        if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
-        commit = git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
-        return commit.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError): return None
+    here = str(Path(newton_losses_nb.__file__).parent)
+    git = functools.partial(run, 'git', '-C', here, stderr=False)
+    with contextlib.suppress(OSError):   # no Git, or no file of a repository
+        git('ls-files', '--error-unmatch', '__init__.py')
+        return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
 
 def _processor():
     cpu = Path('/proc/cpuinfo')
