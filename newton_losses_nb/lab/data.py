@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
@@ -173,35 +172,31 @@ class DigitSets:
         self.classes = digits.labels.to(device)
         self.places = 10 ** torch.arange(digits_per_image - 1, -1, -1, device=device)
 
-# %% ../../nbs/lab/00_data.ipynb #c3fba6f1
-@patch
-def draw_index(
-    self:DigitSets,
-    n_sets:int,                # How many sets
-    generator:torch.Generator, # Source of randomness, on the CPU
-) -> Int64[Tensor, "b n digits"]: # Indices of digits, on the CPU
-    "Which digits new sets are made of"
-    shape = n_sets, self.n, self.digits_per_image
-    return torch.randint(len(self.classes), shape, generator=generator, device="cpu")
+    def draw_index(
+        self,
+        n_sets:int,                # How many sets
+        generator:torch.Generator, # Source of randomness, on the CPU
+    ) -> Int64[Tensor, "b n digits"]: # Indices of digits, on the CPU
+        "Which digits new sets are made of"
+        shape, most = (n_sets, self.n, self.digits_per_image), len(self.classes)
+        return torch.randint(most, shape, generator=generator, device="cpu")
 
-@patch
-def assemble(
-    self:DigitSets,
-    index:Int64[Tensor, "*b n digits"], # Indices of digits, on the device
-) -> tuple[Float[Tensor, "*b n 1 h w"], Int64[Tensor, "*b n"]]: # Images, numbers
-    "Put sets together: images in [0, 1], and the numbers they show"
-    images = self.pixels[index].transpose(-3, -2).flatten(-2).unsqueeze(-3)
-    if images.dtype == torch.uint8: images = images.float().div_(255)
-    return images, (self.classes[index] * self.places).sum(-1)
+    def assemble(
+        self,
+        index:Int64[Tensor, "*b n digits"], # Indices of digits, on the device
+    ) -> tuple[Float[Tensor, "*b n 1 h w"], Int64[Tensor, "*b n"]]: # Images, numbers
+        "Put sets together: images in [0, 1], and the numbers they show"
+        images = self.pixels[index].transpose(-3, -2).flatten(-2).unsqueeze(-3)
+        if images.dtype == torch.uint8: images = images.float().div_(255)
+        return images, (self.classes[index] * self.places).sum(-1)
 
-@patch
-def draw(
-    self:DigitSets,
-    n_sets:int, # How many sets
-    generator:torch.Generator|int, # As in `draw_index`; a seed: the same at each call
-) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
-    "Draw new sets: images in [0, 1], and the numbers they show"
-    if not isinstance(generator, torch.Generator):
-        seed = number('generator', generator, 0, 2**63, whole=True)
-        generator = torch.Generator().manual_seed(seed)
-    return self.assemble(self.draw_index(n_sets, generator).to(self.device))
+    def draw(
+        self,
+        n_sets:int, # How many sets
+        generator:torch.Generator|int, # As in `draw_index`; a seed: the same each time
+    ) -> tuple[Float[Tensor, "b n 1 h w"], Int64[Tensor, "b n"]]: # Images, numbers
+        "Draw new sets: images in [0, 1], and the numbers they show"
+        if not isinstance(generator, torch.Generator):
+            seed = number('generator', generator, 0, 2**63, whole=True)
+            generator = torch.Generator().manual_seed(seed)
+        return self.assemble(self.draw_index(n_sets, generator).to(self.device))

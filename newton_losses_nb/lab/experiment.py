@@ -126,33 +126,32 @@ class Settings:
         "The configuration `c` with what follows from it; unused entries become None"
         return c
 
-# %% ../../nbs/lab/03_experiment.ipynb #3e3eda4a
-@patch(cls_method=True)
-def config(
-    cls:Settings,
-    *args,   # Settings, in the order of the lines
-    **given, # The same by name
-) -> dict:   # The configuration
-    "Check and complete the settings of a run"
-    s = cls(*args, **given)
-    known = {f.name: getattr(s, f.name) for f in fields(s)
-             if f.metadata["always"] or getattr(s, f.name) != f.default}
-    direction = s.directions(s.lam, s.max_norm)[s.method]
-    direction = getattr(direction, "direction", direction)
-    own = {k: getattr(s, k) if hasattr(direction, k) else None
-           for k in ("lam", "max_norm")}
-    return s.complete(known | own)
+    @classmethod
+    def config(
+        cls,
+        *args,   # Settings, in the order of the lines
+        **given, # The same by name
+    ) -> dict:   # The configuration
+        "Check and complete the settings of a run"
+        s = cls(*args, **given)
+        known = {f.name: getattr(s, f.name) for f in fields(s)
+                 if f.metadata["always"] or getattr(s, f.name) != f.default}
+        direction = s.directions(s.lam, s.max_norm)[s.method]
+        direction = getattr(direction, "direction", direction)
+        own = {k: getattr(s, k) if hasattr(direction, k) else None
+               for k in ("lam", "max_norm")}
+        return s.complete(known | own)
 
-@patch(cls_method=True)
-def grid(
-    cls:Settings,
-    same:dict,        # Settings of all runs
-    **lists:Iterable, # For other settings, their values; the first varies slowest
-) -> list[dict]:      # Configurations
-    "All combinations that exist, no two the same"
-    combinations = (dict(zip(lists, o)) for o in itertools.product(*lists.values()))
-    found = [cls.config(**same, **o) for o in combinations if cls.exists(**o)]
-    return list({json.dumps(c): c for c in found}.values())
+    @classmethod
+    def grid(
+        cls,
+        same:dict,        # Settings of all runs
+        **lists:Iterable, # For other settings, their values; the first varies slowest
+    ) -> list[dict]:      # Configurations
+        "All combinations that exist, no two the same"
+        combinations = (dict(zip(lists, o)) for o in itertools.product(*lists.values()))
+        found = [cls.config(**same, **o) for o in combinations if cls.exists(**o)]
+        return list({json.dumps(c): c for c in found}.values())
 
 # %% ../../nbs/lab/03_experiment.ipynb #463e0c74
 class Task:
@@ -193,33 +192,28 @@ class Task:
             f"there, {' or '.join(RULES)}, got {c['lam']}")
         return self.directions(c["lam"], c["max_norm"])[c["method"]]
 
-# %% ../../nbs/lab/03_experiment.ipynb #8ae57850
-@patch
-def output_loss(self:Task, loss_fn:Callable, direction:Direction,
-                **options) -> nn.Module:
-    "The loss to train with"
-    return OutputLoss(loss_fn, direction, check=self.check, **options)
+    def output_loss(self, loss_fn:Callable, direction:Direction,
+                    **options) -> nn.Module:
+        "The loss to train with"
+        return OutputLoss(loss_fn, direction, check=self.check, **options)
 
-@patch
-def true_loss(self:Task, y:Tensor, *targets) -> Float[Tensor, "N"]:
-    "The loss that evaluation reports, one value per sample"
-    return self.loss_fn(y, *targets)
+    def true_loss(self, y:Tensor, *targets) -> Float[Tensor, "N"]:
+        "The loss that evaluation reports, one value per sample"
+        return self.loss_fn(y, *targets)
 
-@patch
-def batches(self:Task) -> Iterator[tuple]:
-    "Endless stream of training batches: inputs and the arguments of the loss"
-    for index in self.indices():
-        x, targets = self.batch(index[None].to(self.device))
-        yield x[0], tuple(t[0] for t in targets)
+    def batches(self) -> Iterator[tuple]:
+        "Endless stream of training batches: inputs and the arguments of the loss"
+        for index in self.indices():
+            x, targets = self.batch(index[None].to(self.device))
+            yield x[0], tuple(t[0] for t in targets)
 
-@patch
-def indices(self:Task) -> Iterator[Tensor]:
-    "Which samples each step takes: in each epoch a new order, without its rest"
-    n, batch = len(self.data["train"]), self.config["batch"]
-    generator = torch.Generator().manual_seed(self.config["seed"])
-    while True:
-        order = torch.randperm(n, generator=generator, device="cpu")
-        yield from order[:n//batch*batch].split(batch)
+    def indices(self) -> Iterator[Tensor]:
+        "Which samples each step takes: in each epoch a new order, without its rest"
+        n, batch = len(self.data["train"]), self.config["batch"]
+        generator = torch.Generator().manual_seed(self.config["seed"])
+        while True:
+            order = torch.randperm(n, generator=generator, device="cpu")
+            yield from order[:n//batch*batch].split(batch)
 
 # %% ../../nbs/lab/03_experiment.ipynb #7bf81eec
 PRECISIONS = ("float32", "tf32", "bf16", "float64") # Of the network
@@ -262,22 +256,9 @@ def _negative_share(loss_fn, y, *args):
     return (e < -1e-5*e.abs().max()).double().mean().item()
 
 # %% ../../nbs/lab/03_experiment.ipynb #09bf88ac
-class _Complete(Direction):
-    "A direction that notes in which batches all was finite"
-    def __init__(self, direction):
-        super().__init__()
-        self.direction, self.second = direction, direction.second
-
-    def observe(self, b):
-        "Also notes whether all samples take part"
-        self.found = b.present.all(-1)
-        return self.direction.observe(b)
-
-    def forward(self, e, G, mask=None):
-        "Also notes whether the directions are finite"
-        D = self.direction(e, G, mask)
-        self.found = self.found & D.isfinite().flatten(-2).all(-1)
-        return D
+def _note_finite(direction, given, D):
+    "A hook that notes in a direction in which batches it was finite"
+    direction.finite = D.isfinite().flatten(-2).all(-1)
 
 # %% ../../nbs/lab/03_experiment.ipynb #84f38328
 class Training:
@@ -294,39 +275,38 @@ class Training:
         layout = torch.channels_last if cuda else torch.preserve_format
         self.nets = [t.make_network().to(memory_format=layout) for t in tasks]
         losses = [t.make_loss() for t in tasks]
-        self.loss_fn, self.complete = losses[0], _Complete(task.direction)
+        self.loss_fn, direction = losses[0], task.direction
+        direction.register_forward_hook(_note_finite)
         self.noises = [l.noise for l in losses if hasattr(l, "noise")]
-        self.loss = task.output_loss(self.loss_fn, self.complete, on_nonfinite="skip")
+        self.loss = task.output_loss(self.loss_fn, direction, on_nonfinite="skip")
         rate = torch.float32 if cuda else torch.float64
         self.lr = torch.tensor(task.lr, device=task.device, dtype=rate)
-        kind = getattr(task.optimizer, "func", task.optimizer)   # of a partial
-        adam = dict(capturable=cuda) if kind is torch.optim.Adam else {}
+        adam = dict(capturable=cuda) if task.optimizer is torch.optim.Adam else {}
         weights = [p for net in self.nets for p in net.parameters()]
         self.opt = task.optimizer(weights, lr=self.lr, fused=True, **adam)
-        clips = isinstance(task.direction, ClipParameters)
-        self.max_norm = task.direction.max_norm if clips else math.inf
+        clips = isinstance(direction, ClipParameters)
+        self.max_norm = direction.max_norm if clips else math.inf
         self.stream = torch.cuda.Stream(task.device) if self.capture else None
         self.indices, self.done, self.graph = [t.indices() for t in tasks], 0, None
 
-# %% ../../nbs/lab/03_experiment.ipynb #7dd3f030
-@patch
-def step(self:Training, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"]:
-    "One step of all networks; losses, norms of the parameter gradients, and cosines"
-    self.opt.zero_grad(set_to_none=True)
-    x, targets = self.task.batch(index)
-    Y = torch.stack([self.forward(net, o) for net, o in zip(self.nets, x)])
-    if self.noises:
-        drawn = torch.cat([draw_noise(y, n) for y, n in zip(Y.detach(), self.noises)])
-        self.loss_fn.noise = replace(self.noises[0], fixed=drawn)
-    value = self.loss(Y, *targets)
-    value.sum().backward()
-    clip = lambda net: nn.utils.clip_grad_norm_(net.parameters(), self.max_norm)
-    norms = torch.stack([clip(net) for net in self.nets])
-    self.opt.step()
-    G, D = (x.flatten(1) for x in self.loss.sent)
-    cosine = torch.cosine_similarity(D, G, 1, 1e-300)
-    value = value.detach().masked_fill(~self.complete.found, torch.nan)
-    return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
+    def step(self, index:Int64[Tensor, "K N *item"]) -> Float[Tensor, "3 K"]:
+        "One step of all networks; losses, norms of parameter gradients, and cosines"
+        self.opt.zero_grad(set_to_none=True)
+        x, targets = self.task.batch(index)
+        Y = torch.stack([self.forward(net, o) for net, o in zip(self.nets, x)])
+        if self.noises:
+            drawn = torch.cat([*map(draw_noise, Y.detach(), self.noises)])
+            self.loss_fn.noise = replace(self.noises[0], fixed=drawn)
+        value = self.loss(Y, *targets)
+        value.sum().backward()
+        clip = lambda net: nn.utils.clip_grad_norm_(net.parameters(), self.max_norm)
+        norms = torch.stack([clip(net) for net in self.nets])
+        self.opt.step()
+        G, D = (x.flatten(1) for x in self.loss.sent)
+        cosine = torch.cosine_similarity(D, G, 1, 1e-300)
+        complete = self.loss.present[1].all(-1) & self.task.direction.finite
+        value = value.detach().masked_fill(~complete, torch.nan)
+        return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
 
 # %% ../../nbs/lab/03_experiment.ipynb #dca0d64b
 @patch
@@ -400,25 +380,25 @@ class Run:
         scores = _evaluate(self.task, self.net, data, forward)[0]
         self.result = {"best_step": step, "valid_exact_match": score, **scores}
 
-# %% ../../nbs/lab/03_experiment.ipynb #7c502e06
-@patch
-def validate(self:Run, step, seconds, logs, data, forward):
-    "Check losses and norms, score the network, and add a point to every curve"
-    for i, (loss, norm, _) in enumerate(logs.tolist(), step - len(logs) + 1):
-        if not math.isfinite(loss + norm): raise NonFiniteError(
-            f"step {i}: expected finite loss and gradient of the parameters, "
-            f"got {loss:.3g} and norm {norm:.3g}")
-    task, c = self.task, self.task.config
-    scores, y = _evaluate(task, self.net, data, forward)
-    few = (t[:100] for t in (y, *data[1]))
-    share = _negative_share(task.loss_fn, *few) if task.spectrum else None
-    loss, norm, cosine = logs.double().mean(0).tolist() if len(logs) else [None]*3
-    epoch = {"epoch": step*c["batch"]/c["train"]} if "epochs" in c else {}
-    point = dict(step=step, **epoch, seconds=round(seconds, 4), train_loss=loss,
-                 grad_norm=norm, cosine=cosine, **scores, negative_eigenvalues=share)
-    for k, v in point.items(): self.curves.setdefault(k, []).append(v)
-    if scores["exact_match"] > self.best[0]:
-        self.best = scores["exact_match"], step, copy.deepcopy(self.net.state_dict())
+    def validate(self, step, seconds, logs, data, forward):
+        "Check losses and norms, score the network, and add a point to every curve"
+        for i, (loss, norm, _) in enumerate(logs.tolist(), step - len(logs) + 1):
+            if not math.isfinite(loss + norm): raise NonFiniteError(
+                f"step {i}: expected finite loss and gradient of the parameters, "
+                f"got {loss:.3g} and norm {norm:.3g}")
+        task, c = self.task, self.task.config
+        scores, y = _evaluate(task, self.net, data, forward)
+        few = (t[:100] for t in (y, *data[1]))
+        share = _negative_share(task.loss_fn, *few) if task.spectrum else None
+        loss, norm, cosine = logs.double().mean(0).tolist() if len(logs) else [None]*3
+        epoch = {"epoch": step*c["batch"]/c["train"]} if "epochs" in c else {}
+        point = dict(step=step, **epoch, seconds=round(seconds, 4), train_loss=loss,
+                     grad_norm=norm, cosine=cosine, **scores,
+                     negative_eigenvalues=share)
+        for k, v in point.items(): self.curves.setdefault(k, []).append(v)
+        match = scores["exact_match"]
+        if match > self.best[0]:
+            self.best = match, step, copy.deepcopy(self.net.state_dict())
 
 # %% ../../nbs/lab/03_experiment.ipynb #1dd114a7
 def fit(
