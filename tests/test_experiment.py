@@ -100,6 +100,12 @@ def test_a_loss_that_breaks_where_outputs_do_not(make):
     together, alone = [run.error for run in fit(tasks())], [fit([t])[0].error for t in tasks()]
     assert together == alone and 0 < alone.count(None) < 6
 
+@pytest.mark.parametrize("method", ["fisher", "whiten"])
+def test_a_direction_that_is_not_finite(make, method):
+    "Two sets and λ = 0 leave the curvature singular, though losses and gradients are finite"
+    runs = fit(make("sorting", method=method, lam=0., batch=2, steps=3))
+    assert all(run.error == "after step 0: step 1: expected finite loss and gradient of the parameters, got nan and norm 0" for run in runs), runs[0].error
+
 def test_too_few_sweeps_are_loud(make):
     assert all("expected finite loss" in run.error for run in fit(with_sweeps(make("paths", loss="fenchel_young"), 2)))
 
