@@ -31,9 +31,9 @@ def _sweep(cost, d, col, best, n):
 
 # %% ../../nbs/paths/00_exact.ipynb #07e96802
 def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
-    "Distances without the start, `(B+1, H+2, W+2)`, the first empty; settled maps"
+    "Distances without the start, `(B, H+2, W+2)`, and which maps are settled"
     B, H, W = cost.shape
-    found = cost.new_full((B + 1, H + 2, W + 2), torch.inf)
+    found = cost.new_empty(B, H + 2, W + 2)
     settled = torch.ones(B, dtype=torch.bool, device=cost.device)
     cells = 2**17//cost.element_size() if cost.device.type == "cpu" else 2**22
     chunk = max(1, min(B, cells//(H*W)))
@@ -56,7 +56,7 @@ def _distances(cost:Float[Tensor, "B H W"], n_iter:int|None=None) -> tuple:
             if n_iter is not None or torch.equal(before, inner): break
             for _ in range(3): whole()
         settled[k:k+m] = (before == inner).flatten(0, 1).all(0)[:m]
-        found[k+1:k+1+m] = d[..., :m].permute(2, 0, 1)
+        found[k:k+m] = d[..., :m].permute(2, 0, 1)
     return found, settled
 
 # %% ../../nbs/paths/00_exact.ipynb #d92551bf
@@ -68,28 +68,25 @@ def neighbours(padded):
     return torch.stack([padded[:, 1+i:1+i+H, 1+j:1+j+W] for i, j in NEIGHBOURS], 1)
 
 # %% ../../nbs/paths/00_exact.ipynb #6c63209d
-def _walk(d:Shaped[Tensor, "B1 H2 W2"], n_iter:int|None=None) -> tuple:
-    "The walk back, and on which maps it failed; overwrites corners"
-    B, H, W, flat = len(d) - 1, d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
-    d[1:, 0, 0].fill_(-1)
+def _walk(d:Shaped[Tensor, "B H2 W2"], n_iter:int|None=None) -> tuple:
+    "The walk back, and on which maps it got stuck"
+    B, H, W, flat = len(d), d.shape[1] - 2, d.shape[2] - 2, d.view(-1)
     three = torch.arange(-1, 2, device=d.device)
-    steps = (three[:, None]*(W + 2) + three).flatten()
-    steps = torch.cat([steps[:4], steps[5:]])[:, None]
-    start = torch.arange(1, B + 1, device=d.device)*((H + 2)*(W + 2)) + W + 3
-    at = start + ((H - 1)*(W + 2) + W - 1)
-    trail, near = [at], [flat.index_select(0, at)]
+    steps = (three[:, None]*(W + 2) + three).view(-1, 1)
+    steps = torch.cat([steps[4:5], steps])           # the first of equals is no step
+    start = torch.arange(B, device=d.device)*((H + 2)*(W + 2)) + W + 3
+    trail = [start + ((H - 1)*(W + 2) + W - 1)]
     for i in range(1, 1 + (n_iter or H*W)):
-        best, k = flat.index_select(0, (at + steps).view(-1)).view(8, B).min(0)
-        at = at + steps.view(-1).index_select(0, k)
-        trail.append(at); near.append(best)
+        near = flat.index_select(0, (trail[-1] + steps).view(-1)).view(len(steps), B)
+        trail.append(trail[-1] + steps.view(-1).index_select(0, near.min(0).indices))
         if n_iter is None and i >= max(H, W) and i % 3 == 0 and (
-            (at <= start) | (best == near[-2])).all(): break
-    path, near = torch.zeros_like(d), torch.stack(near)
+            torch.equal(*trail[-2:])): break
+    path = torch.zeros_like(d)
     path.view(-1).index_fill_(0, torch.cat(trail), 1)
-    return path[1:, 1:-1, 1:-1], (near[1:] == near[:-1]).any(0) | (at > start)
+    return path[:, 1:-1, 1:-1], trail[-1] != start
 
 # %% ../../nbs/paths/00_exact.ipynb #2f4c8a11
-def _without_plateaus(d:Float[Tensor, "B1 H2 W2"]) -> Shaped[Tensor, "B1 H2 W2"]:
+def _without_plateaus(d:Float[Tensor, "B H2 W2"]) -> Shaped[Tensor, "B H2 W2"]:
     "Whole numbers in the order of distances, and of steps where these are equal"
     tight = (near := neighbours(d)) == near.amin(1, keepdim=True)
     hops = torch.full_like(d, torch.inf)
@@ -111,7 +108,6 @@ def shortest_path(
     "Cheapest path from the top left to the bottom right corner, over eight neighbours"
     n_iter = count("n_iter", n_iter)
     check_grid("cost", cost)
-    if not cost.numel(): return torch.zeros_like(cost)
     if torch._C._are_functorch_transforms_active():
         return _Mapped.apply(cost.detach(), n_iter)
     if n_iter is None: _check_cost(cost)
@@ -122,13 +118,10 @@ def shortest_path(
 def _solve(cost:Float[Tensor, "B H W"], shape:torch.Size) -> Float[Tensor, "B H W"]:
     "Paths of some maps; the error for a map without one names it"
     d, _ = _distances(cost)
-    reached = d[1:, -2, -2].isfinite()
+    reached = d[:, -2, -2].isfinite()
     if not reached.all(): _refuse_map(cost.view(shape), reached.view(shape[:-2]))
-    path, left = _walk(d)
-    if left.any():
-        d[:, 0, 0] = torch.inf
-        some = d[F.pad(left, (1, 0), value=True)]
-        path[left] = _walk(_without_plateaus(some))[0].to(path.dtype)
+    path, stuck = _walk(d)
+    if stuck.any(): path[stuck] = _walk(_without_plateaus(d[stuck]))[0].to(path.dtype)
     return path
 
 # %% ../../nbs/paths/00_exact.ipynb #a3d05b12
@@ -147,12 +140,9 @@ class _Mapped(torch.autograd.Function):
 # %% ../../nbs/paths/00_exact.ipynb #4a3ce941
 def _solve_fixed(cost, n_iter):
     d, settled = _distances(cost, n_iter)
-    settled &= d[1:, -2, -2].isfinite() & (cost >= 0).flatten(1).all(1)
-    i, j = (torch.arange(n, device=d.device, dtype=d.dtype) for n in cost.shape[1:])
-    easy = F.pad(torch.maximum(i[:, None], j), (1, 1, 1, 1), value=torch.inf)
-    d[1:] = torch.where(settled[:, None, None], d[1:], easy)
-    path, left = _walk(d, n_iter)
-    return path.masked_fill((left | ~settled)[:, None, None], torch.nan)
+    settled &= d[:, -2, -2].isfinite() & (cost >= 0).flatten(1).all(1)
+    path, stuck = _walk(d.where(settled[:, None, None], torch.inf), n_iter)
+    return path.masked_fill((stuck | ~settled)[:, None, None], torch.nan)
 
 # %% ../../nbs/paths/00_exact.ipynb #379edd60
 def check_grid(name, x, floating=True):
@@ -162,7 +152,7 @@ def check_grid(name, x, floating=True):
         raise ValueError(f"{name}: expected shape (..., H, W), got {tuple(x.shape)}")
 
 def _check_cost(cost):
-    if cost.detach().amin() >= 0: return
+    if (cost >= 0).all(): return
     nan, negative = int(cost.isnan().sum()), int((cost < 0).sum())
     got = ", ".join(f"{n} {k}" for n, k in ((nan, "NaN"), (negative, "negative")) if n)
     hint = ("; if noise made them negative, raise them first: floor=1e-3, "
@@ -178,7 +168,7 @@ def _refuse_map(cost, reached):
     for corner, end in (("top left", c[0, 0]), ("bottom right", c[-1, -1])):
         if end.isinf(): raise ValueError(f"cost: expected finite costs at both ends, "
                                          f"got a wall in the {corner} corner of {name}")
-    if _distances(torch.where(c.isinf(), c, 0.)[None])[0][1, -2, -2].isinf():
+    if _distances(torch.where(c.isinf(), c, 0.)[None])[0][0, -2, -2].isinf():
         raise ValueError(
         f"cost: expected a path around the walls (infinite costs), {name} has none")
     raise ValueError(f"cost: expected paths whose cost {cost.dtype} can hold, "
@@ -215,7 +205,7 @@ def is_valid_path(
     on = grid == 1
     touches = neighbours(F.pad(on.to(torch.int8), (1, 1, 1, 1))).sum(1)
     touches[:, 0, 0] += 1; touches[:, -1, -1] += 1
-    reached = _distances(torch.where(on, 1., torch.inf))[0][1:, 1:-1, 1:-1].isfinite()
+    reached = _distances(torch.where(on, 1., torch.inf))[0][:, 1:-1, 1:-1].isfinite()
     good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
     good = good.flatten(1).all(1) & on[:, 0, 0] & on[:, -1, -1]
     return good.reshape(path.shape[:-2])
