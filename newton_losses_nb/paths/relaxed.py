@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..core.derivatives import check_same_shape, in_transform, widened
+from ..core.derivatives import check_same_shape, widened
 from ..core.solves import choice, count, positive
+from ..sorting.fast_networks import by_hand
 from .exact import NEIGHBOURS, check_grid, neighbours
 
 # %% ../../nbs/paths/01_relaxed.ipynb #3ff50ed4
@@ -48,7 +49,7 @@ def _plain_walk(cost, beta, n_iter, steps):
     pi, (H, W) = F.pad(_last_weights(cost, beta, n_iter), (1, 1, 1, 1)), cost.shape[1:]
     weights = torch.stack([pi[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
                            for k, (i, j) in enumerate(NEIGHBOURS)], 1)
-    at = [torch.zeros_like(cost)]
+    at = [0*cost]                # after one sweep a constant, yet with a gradient
     at[0][:, -1, -1] = 1
     for _ in range(steps - 1):
         at.append((weights*neighbours(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
@@ -67,7 +68,7 @@ def _look_around(x, out):
 
 # %% ../../nbs/paths/01_relaxed.ipynb #c8afbb2b
 def _walk_forward(cost, beta, n_iter, steps):
-    "Where the walk is at each step, `(steps, H, W, B)`; and what to keep"
+    "Where the walk is at each step, `(steps, B, H, W)`; and what to keep"
     far = (-beta*_far(cost, beta)).movedim(0, -1)
     step = (beta*cost).movedim(0, -1).contiguous()
     H, W, B = step.shape
@@ -79,7 +80,8 @@ def _walk_forward(cost, beta, n_iter, steps):
         torch.sub(u.mul_(e).sum(0).div_(total), step, out=after)
         after[0, 0] = 0
     pi = e.div_(_softly(_look_around(scores[-1], u), e))
-    return _flow(pi, steps, u), (pi, step, scores)
+    at = _flow(pi, steps, u)
+    return at.movedim(-1, 1), (at, pi, step, scores)
 
 def _softly(u, e):
     "Softmax of `u` but for its denominator, into `e`; returns the denominator"
@@ -99,9 +101,9 @@ def _flow(pi, steps, u):
     return at
 
 # %% ../../nbs/paths/01_relaxed.ipynb #acb8faef
-def _walk_backward(g, at, kept, beta):
+def _walk_backward(g, kept, beta, *_):
     "Gradient of the costs, `(B, H, W)`"
-    pi, step, scores = kept
+    g, (at, pi, step, scores) = g.movedim(1, -1), kept
     u, e = torch.empty_like(pi), torch.empty_like(pi)
     g_pi, g_step, edged = map(torch.zeros_like, (pi, step, scores[0]))
     now, near = edged[1:-1, 1:-1], _near(edged)
@@ -122,38 +124,17 @@ def _walk_backward(g, at, kept, beta):
     return g_step.movedim(-1, 0)*beta
 
 # %% ../../nbs/paths/01_relaxed.ipynb #06634162
-class _Walk(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, cost, *settings):
-        at, kept = _walk_forward(cost, *settings)
-        ctx.settings = settings
-        ctx.save_for_backward(cost, at, *kept)
-        return at.movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx, g):
-        (cost, at, *kept), settings = ctx.saved_tensors, ctx.settings
-        again = torch.is_grad_enabled()
-        if again or in_transform(g):
-            with torch.enable_grad(): at = _plain_walk(cost, *settings)
-            first, = torch.autograd.grad(at, cost, g, create_graph=again)
-        else: first = _walk_backward(g.movedim(1, -1), at, kept, settings[0])
-        return first, None, None, None
-
 def _soft_walk(cost, beta, n_iter, steps):
     "Where the walk is at each step, `(steps, B, H, W)`"
-    plain = in_transform(cost) or not cost.numel() or min(n_iter, steps) < 2
-    at = (_plain_walk if plain else _Walk.apply)(cost, beta, n_iter, steps)
-    return at + 0*cost if n_iter == 1 else at        # a constant, with a gradient
+    functions = _plain_walk, _walk_forward, _walk_backward
+    return by_hand(cost, *functions, beta, n_iter, steps)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #82a5279a
 def _while_mean(tracked:Float[Tensor, "K B H W"], beta:float) -> Float[Tensor, "B H W"]:
     "Result of a relaxed while-loop with a fixed number of steps"
-    start = tracked[:, :, 0, 0]
-    start = torch.cat([torch.zeros_like(start[:1]), start])
-    left = F.logsigmoid(beta*(1 - start)).cumsum(0).exp()
-    weight = left[:-1] - left[1:]
-    weight[-1] += left[-1]
+    before = F.pad(tracked[:-1, :, 0, 0], (0, 0, 1, 0))          # nothing at first
+    left = F.logsigmoid(beta*(1 - before)).cumsum(0).exp()
+    weight = left - F.pad(left[1:], (0, 0, 0, 1))                # the last has the rest
     return (weight[..., None, None]*tracked).sum(0)
 
 # %% ../../nbs/paths/01_relaxed.ipynb #aae68cee

@@ -114,9 +114,9 @@ def _slopes(c, relaxation, steepness, order=2):
     return [o.masked_fill(held, 0.) for o in found]
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #d5a88e42
-def _backward(g, D, network, relaxation, steepness):
+def _backward(g, kept, network, relaxation, steepness):
     "Gradient in the scores from the gradient in P"
-    N, n, _ = g.shape
+    (D,), (N, n, _) = kept, g.shape
     groups, sign = _plan(n, network, g.device, g.dtype)
     c = D[..., n]*sign
     w = SIGMOIDS[relaxation][0](-steep(c, relaxation, steepness)).unsqueeze(-1)
@@ -134,7 +134,7 @@ def _backward(g, D, network, relaxation, steepness):
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #8b8ae68d
 def _log_forward(x, network, relaxation, steepness):
-    "log P of centred scores (N, n) with the wires first, and what its gradient needs"
+    "log P of centred scores (N, n), and what its gradient needs"
     (N, n), log_alpha = x.shape, SIGMOIDS[relaxation][1]
     groups, sign = _plan(n, network, x.device, x.dtype)
     C = _mix(x.T.unsqueeze(-1).clone(), network, relaxation, steepness)[..., 0]*sign
@@ -147,7 +147,7 @@ def _log_forward(x, network, relaxation, steepness):
         (low_p, high_p), (low_q, high_q) = both + p, both + q
         torch.logaddexp(low_p, high_q, out=low)
         torch.logaddexp(low_q, high_p, out=high)
-    return L, (C, stay - swap, delta)
+    return _swapped(L), (C, stay - swap, delta)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #e6865497
 def _weights_back(G, groups, W, M):
@@ -185,27 +185,28 @@ def _log_backward(g, kept, network, relaxation, steepness, order=1):
     return Y.T, (W, M, p, q, slopes, keep, D)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #b36a6c0d
-class _Network(torch.autograd.Function):
+class _ByHand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *settings):
-        *settings, log = ctx.settings = settings
-        P, kept = (_log_forward if log else _forward)(x, *settings)
+    def forward(ctx, x, functions, *settings):
+        plain, forward, backward = functions
+        out, kept = forward(x, *settings)
+        ctx.plain, ctx.backward_by_hand, ctx.settings = plain, backward, settings
         ctx.save_for_backward(x, *kept)
-        return _swapped(P) if log else P
+        return out
 
     @staticmethod
     def backward(ctx, g):
-        (x, *kept), (*settings, log) = ctx.saved_tensors, ctx.settings
-        again, fast = torch.is_grad_enabled(), None
-        if not in_transform(g):
-            with torch.no_grad():
-                if log: fast, _ = _log_backward(g, kept, *settings)
-                else: fast = _backward(g, *kept, *settings)
-            if not again: return fast, None, None, None, None
-        with torch.enable_grad(): P = plain_network(x, *settings, log)
-        grad, = torch.autograd.grad(P, x, g, create_graph=again)
-        if fast is not None: grad = grad + (fast - grad).detach()
-        return grad, None, None, None, None
+        (x, *kept), again = ctx.saved_tensors, torch.is_grad_enabled()
+        if again or in_transform(g):
+            with torch.enable_grad(): out = ctx.plain(x, *ctx.settings)
+            grad, = torch.autograd.grad(out, x, g, create_graph=again)
+        else: grad = ctx.backward_by_hand(g, kept, *ctx.settings)
+        return grad, None, *[None]*len(ctx.settings)
+
+def by_hand(x, plain, forward, backward, *settings):
+    "`forward(x)` with its gradient `backward`, or `plain(x)`, which has all derivatives"
+    if in_transform(x): return plain(x, *settings)
+    return _ByHand.apply(x, (plain, forward, backward), *settings)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #af07dde0
 def sorting_network(
@@ -216,11 +217,11 @@ def sorting_network(
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation of a sorting network (Petersen et al., ICML 2021)"
-    x = _scores(s, relaxation, steepness)
-    n, settings = x.shape[-1], (network, relaxation, steepness, log)
-    if in_transform(x): P = plain_network(x, *settings)
-    else: P = _Network.apply(x.reshape(-1, n), *settings).view(*x.shape, n)
-    return P.to(s.dtype)
+    x, n = _scores(s, relaxation, steepness), s.shape[-1]
+    plain, fast = functools.partial(plain_network, log=log), (_forward, _backward)
+    if log: fast = _log_forward, lambda *given: _log_backward(*given)[0]
+    P = by_hand(x.reshape(-1, n), plain, *fast, network, relaxation, steepness)
+    return P.reshape(*x.shape, n).to(s.dtype)
 
 def _scores(s, relaxation, steepness):
     choice("relaxation", relaxation, SIGMOIDS)
@@ -283,11 +284,11 @@ def network_derivatives(
     x, T = x.reshape(-1, n), P_true.detach().to(x.dtype).reshape(-1, n, n)
     settings = network, relaxation, steepness
     L, kept = _log_forward(x, *settings)
-    loss, G = ranking_gradient(L.transpose(0, 1), T, kind)
+    loss, G = ranking_gradient(L, T, kind)
     Y, more = _log_backward(G, kept, *settings, 2 if hessian else 1)
     loss, Y = loss.reshape(shape[:-1]).to(dtype), Y.reshape(shape).to(dtype)
     if not hessian: return loss, Y, None
-    H = _hessian(L, T.transpose(0, 1), kind, kept[0], more, *settings)
+    H = _hessian(L.transpose(0, 1), T.transpose(0, 1), kind, kept[0], more, *settings)
     return loss, Y, H.reshape(*shape, n).to(dtype)
 
 # %% ../../nbs/sorting/02_fast_networks.ipynb #878fcab7
