@@ -204,7 +204,7 @@ class _ByHand(torch.autograd.Function):
         return grad, None, *[None]*len(ctx.settings)
 
 def by_hand(x, plain, forward, backward, *settings):
-    "`forward(x)` with its gradient `backward`, or `plain(x)`, which has all derivatives"
+    "`forward(x)` with its gradient `backward`; or `plain(x)`, with all derivatives"
     if in_transform(x): return plain(x, *settings)
     return _ByHand.apply(x, (plain, forward, backward), *settings)
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ..core.derivatives import NonFiniteError, check_same_shape, widened
 from ..core.solves import choice, positive
-from newton_losses_nb.sorting.relaxations import (
-    centred, check_ranking, log_complement, neural_sort, ranking_loss, soft_sort,
-    true_permutation)
+from .relaxations import (
+    centred, check_ranking, neural_sort, ranking_loss, soft_sort)
 from .networks import SIGMOIDS, comparators
 from .fast_networks import network_derivatives, sorting_network
 

@@ -26,13 +26,6 @@ def expected_ranks(
     rank = torch.arange(1, P.shape[-1] + 1, dtype=P.dtype, device=P.device)
     return (rank.unsqueeze(-1)*P).sum(-2)
 
-# %% ../../nbs/sorting/04_more.ipynb #78e553ae
-def _transport_start(z): return neural_logits(z, lambda d: d - log_sigmoid(2*d))
-
-def _sinkhorn(L, n_iter):
-    for _ in range(n_iter): L = L.log_softmax(-1).log_softmax(-2)
-    return L.log_softmax(-1)
-
 # %% ../../nbs/sorting/04_more.ipynb #c90f8dfa
 def sinkhorn_sort(
     s:Float[Tensor, "*batch n"],  # Scores; not normalised
@@ -41,9 +34,12 @@ def sinkhorn_sort(
     log:bool=False,               # Return log P instead
 ) -> Float[Tensor, "*batch n n"]: # P[..., i, j]: weight of input j for ascending rank i
     "Relaxed permutation from optimal transport (Cuturi et al., NeurIPS 2019)"
-    start = _transport_start(centred(s, 1/positive("eps", eps)))
-    log_P = _sinkhorn(start, number("n_iter", n_iter, whole=True))
-    return (log_P if log else log_P.exp()).to(s.dtype)
+    z = centred(s, 1/positive("eps", eps))
+    L = neural_logits(z, lambda d: d - log_sigmoid(2*d))
+    for _ in range(number("n_iter", n_iter, whole=True)):
+        L = L.log_softmax(-1).log_softmax(-2)
+    L = L.log_softmax(-1)
+    return (L if log else L.exp()).to(s.dtype)
 
 # %% ../../nbs/sorting/04_more.ipynb #6fbbbc01
 def _isotonic(y):
