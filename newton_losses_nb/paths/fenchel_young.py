@@ -139,14 +139,11 @@ def call(name, algorithm, points:Float[Tensor, "N S ..."], args=()):
             f"Torch says: {str(e).splitlines()[0]}") from e
         if hasattr(e, "add_note"): e.add_note(f"{name}: {called}")
         raise
-    check_tensor(name, f)
+    if not isinstance(f, Tensor): raise TypeError(f"{name}: expected a torch tensor, "
+        f"got {type(f).__module__}.{type(f).__name__}: return torch.as_tensor(...)")
     if f.shape[:1] != (n,): raise ValueError(f"{name}: expected a tensor with one row "
         f"for each of the {n} rows it was given, got shape {tuple(f.shape)} ({called})")
     return f.to(torch.promote_types(f.dtype, points.dtype)).unflatten(0, (N, S))
-
-def check_tensor(name, f):
-    if not isinstance(f, Tensor): raise TypeError(f"{name}: expected a torch tensor, "
-        f"got {type(f).__module__}.{type(f).__name__}: return torch.as_tensor(...)")
 
 def check_rows(name, algorithm, y, args=()):
     "Raise if what an algorithm makes of the first row of `y` changes with the second"
@@ -217,9 +214,8 @@ def _differences(self:FenchelYoungLoss, y, y_true):
     g = self._difference(seen, y_true)
     loss = (g*seen).sum((1, 2))/e.shape[1]
     if self.floor is not None: g = g*(costs > self.floor)
-    at_y = raised(at_y, self.floor)
     centred = minus_baseline(
-        g, self.noise, lambda: self._difference(at_y, y_true)[:, 0])
+        g, self.noise, lambda: self._difference(raised(at_y, self.floor), y_true)[:, 0])
     return loss, g.mean(1), centred, e
 
 @patch

@@ -17,8 +17,8 @@ from ..core.derivatives import (
     check_same_shape, derivatives as derivatives_of, sample_losses, widened)
 from ..core.solves import positive
 from .fenchel_young import (
-    AsCode, FenchelYoungLoss, Noise, call, check_noise, check_rows, check_tensor,
-    checked_floor, draw_noise, minus_baseline, raised, ratio_minus_1)
+    AsCode, FenchelYoungLoss, Noise, call, check_noise, check_rows, checked_floor,
+    draw_noise, minus_baseline, raised, ratio_minus_1)
 
 # %% ../../nbs/paths/03_smoothing.ipynb #68dfba94
 def smoothed_algorithm(
@@ -124,8 +124,8 @@ class _Blackbox(torch.autograd.Function):
     "Forward the solver; backward the difference to its solution for moved costs"
     @staticmethod
     def forward(ctx, y, solver, lam, floor):
-        w = solver(raised(y, floor).clone())         # some solve in place
-        check_tensor("solver", w)
+        seen = raised(y, floor)[:, None].clone()     # some solve in place
+        w = call("solver", solver, seen)[:, 0]
         check_same_shape("solver", w, "the costs", y)
         w = w.to(y.dtype)                            # whole numbers have no gradient
         ctx.solver, ctx.lam, ctx.floor = solver, lam, floor
