@@ -200,13 +200,12 @@ def is_valid_path(
 ) -> Bool[Tensor, "*batch"]:           # Corner to corner? Loops are not found
     "Whether cells lead from corner to corner, in one piece, without dead ends"
     check_grid("path", path, floating=False)
-    H, W = path.shape[-2:]
-    grid = path.detach().reshape(-1, H, W)
+    grid = path.detach().reshape(-1, *path.shape[-2:])
     on = grid == 1
     touches = neighbours(F.pad(on.to(torch.int8), (1, 1, 1, 1))).sum(1)
     touches[:, 0, 0] += 1; touches[:, -1, -1] += 1
     reached = _distances(torch.where(on, 1., torch.inf))[0][:, 1:-1, 1:-1].isfinite()
-    good = (on | (grid == 0)) & (~on | (touches > 1) | (H*W == 1)) & (reached == on)
+    good = (on | (grid == 0)) & (~on | (touches > 1)) & (reached == on)
     good = good.flatten(1).all(1) & on[:, 0, 0] & on[:, -1, -1]
     return good.reshape(path.shape[:-2])
 

@@ -6,7 +6,7 @@
 __all__ = ['TERRAINS', 'TERRAIN_VERSION', 'Maps', 'terrain_maps', 'warcraft', 'download_warcraft', 'load_maps']
 
 # %% ../../nbs/paths/04_terrain.ipynb #ec131472
-import contextlib, hashlib, math, os, shutil, tarfile, tempfile
+import contextlib, hashlib, math, os, tarfile, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -224,8 +224,7 @@ def _extract(archive, folder):
             for member in filter(tarfile.TarInfo.isfile, tar):
                 path = Path(member.name)
                 if path.parent.name != folder.name or path.name not in _FILES: continue
-                with open(f'{tmp}/{path.name}', 'wb') as to:
-                    shutil.copyfileobj(tar.extractfile(member), to)
+                Path(tmp, path.name).write_bytes(tar.extractfile(member).read())
         missing = [name for name in _FILES if not Path(tmp, name).exists()]
         if missing: raise ValueError(
             f"{archive}: expected the nine files, got no {', '.join(missing)}")
