@@ -49,11 +49,11 @@ def _plain_walk(cost, beta, n_iter, steps):
     pi, (H, W) = F.pad(_last_weights(cost, beta, n_iter), (1, 1, 1, 1)), cost.shape[1:]
     weights = torch.stack([pi[:, 7 - k, 1+i:1+i+H, 1+j:1+j+W]
                            for k, (i, j) in enumerate(NEIGHBOURS)], 1)
-    at = [0*cost]                # after one sweep a constant, yet with a gradient
+    at = [torch.zeros_like(cost)]
     at[0][:, -1, -1] = 1
     for _ in range(steps - 1):
         at.append((weights*neighbours(F.pad(at[-1], (1, 1, 1, 1)))).sum(1))
-    return torch.stack(at)
+    return torch.stack(at) + 0*cost      # after one sweep a constant, with a gradient
 
 # %% ../../nbs/paths/01_relaxed.ipynb #a2c97c5e
 def _near(x:Float[Tensor, "H2 W2 B"]) -> Float[Tensor, "3 3 H W B"]:
