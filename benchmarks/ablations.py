@@ -53,7 +53,7 @@ class HeldTarget(nn.Module):
 
     def forward(self, y, *args):
         values, D = self.loss.directions(y.detach(), *args)
-        self.sent, self.present = self.loss.sent, self.loss.present
+        self.sent, self.part = self.loss.sent, self.loss.part
         fresh = y.detach() - D
         if self.count is None:
             self.count = torch.zeros((), dtype=torch.int64, device=y.device)

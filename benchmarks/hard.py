@@ -46,7 +46,7 @@ FIRST["logistic"] = FIRST["cauchy"] = {m: FIRST["neural_sort"][m] for m in (
     "none", "fisher", "default", "whiten", "scalar", "rms", "clip", "clip_grad", "hessian")}
 
 BY_NAME = {"default": "fisher", "default_hessian": "hessian"}  # With the default λ
-LATER = dict(default_hessian=[o | dict(lam="typical") for o in RATES])  # Not in every row
+EXTRA = dict(default_hessian=[o | dict(lam="typical") for o in RATES])  # Not in every row
 
 def at(name, *values): return [dict(lr=3e-3, **{name: o}) for o in values]
 PATH_RATES = RATES[1:4] + [RATES[0], RATES[4]]
@@ -192,7 +192,7 @@ class Study:
     def chosen(self, relaxation, method, same):
         "The best trial, with `same` in all; the first of equals"
         def score(o): return o, self.score(relaxation, method, same | o)
-        scored = [score(o) for o in (FIRST[relaxation] | LATER)[method]]
+        scored = [score(o) for o in (FIRST[relaxation] | EXTRA)[method]]
         first = max(scored, key=lambda o: o[1])[0]
         more = [first | dict(lr=o) for o in self.later] if len(scored) == 3 else []
         scored += map(score, more)

@@ -92,7 +92,7 @@ class OutputLoss(nn.Module):
         return loss if b.weight is None else loss.where(b.present, 0), D
 
     def __getstate__(self): # For copies: without the last batch, and `accumulated`
-        known = {k: v for k, v in vars(self).items() if k not in ("sent", "present")}
+        known = {k: v for k, v in vars(self).items() if k not in ("sent", "part")}
         return known | {"shared": None, "padded": False}
 
     def __deepcopy__(self, memo): # With the same group of processes
@@ -126,7 +126,7 @@ def _step(self:OutputLoss, y, mask, args, remember=False):
     shared = b.weight is not None or not alone
     n = nonzero(group.add(b.n)/group.size) if shared else None
     part = n if n is None else (n, None if b.weight is None else b.present)
-    self.__dict__.update(sent=(b.G, D), present=part) # how many take part, and which
+    self.__dict__.update(sent=(b.G, D), part=part) # how many take part, and which
     self.checked = self.judged
     D = D.to(torch.promote_types(y.dtype, torch.float))
     return b, D, y.shape[-2] if n is None else n[..., None, None].to(D)
@@ -392,12 +392,12 @@ def _plain(self:OutputLoss, y, mask, args, part=None, known=None):
 @patch
 def _own(self:OutputLoss, b, y, mask, args):
     "The mean with a graph to what else than `y` wants a gradient, such as parameters"
-    f, loss, (n, present) = self.loss_fn, b.loss, self.present or (None, None)
+    f, loss, (n, present) = self.loss_fn, b.loss, self.part or (None, None)
     if loss.requires_grad:
         bad = () if self.on_nonfinite == "raise" else ~present
         if len(bad) and mask is not None: bad = bad & mask.any(-1)
         if not len(bad) or not bad.any(): return _mean(loss, b, n)
-        return self._plain(y, mask, args, self.present, loss.detach())
+        return self._plain(y, mask, args, self.part, loss.detach())
     ids, learns = self.learns
     found = getattr(f, "derivatives", None)
     its_own = getattr(found, "__self__", None) is f # no wrapper's
@@ -414,7 +414,7 @@ def _own(self:OutputLoss, b, y, mask, args):
         with trial(f, args): learns = self._plain(y, mask, args).requires_grad
         self.learns = now, learns                    # f may know self, and put it back
     known = again and wanted and learns
-    return self._plain(y, mask, args, self.present) if known else loss
+    return self._plain(y, mask, args, self.part) if known else loss
 
 @patch
 def _check_call(self:OutputLoss, y, mask, args):

@@ -304,7 +304,7 @@ class Training:
         self.opt.step()
         G, D = (x.flatten(1) for x in self.loss.sent)
         cosine = torch.cosine_similarity(D, G, 1, 1e-300)
-        complete = self.loss.present[1].all(-1) & self.task.direction.finite
+        complete = self.loss.part[1].all(-1) & self.task.direction.finite
         value = value.detach().masked_fill(~complete, torch.nan)
         return torch.stack([value.to(norms.dtype), norms, cosine.to(norms.dtype)])
 
